@@ -1,0 +1,1 @@
+"""The only place in core that imports MMEngine and MMPretrain (extra: `vitreous-core[mm]`)."""

@@ -1,0 +1,1 @@
+"""Input factories, oracles and error budgets for the tests of every package."""
