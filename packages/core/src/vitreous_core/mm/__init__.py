@@ -1,1 +1,24 @@
-"""The only place in core that imports MMEngine and MMPretrain (extra: `vitreous-core[mm]`)."""
+"""The only place in core that imports MMEngine and MMPretrain (extra: `vitreous-core[mm]`).
+
+Importing it makes MMEngine 0.10.7 safe and working with current PyTorch (`compat`) and registers what packaged
+configs name: `DigitsDataset` and the optimizer wrappers. A paper's `mm.py` is a backbone class and two names:
+
+    from vitreous_core.mm import BackboneAdapter, register_paper
+"""
+
+from . import compat
+
+compat.install()  # before the imports below: some of it must be active when MMEngine is first imported
+
+from .adapter import BackboneAdapter, register_paper  # noqa: E402
+from .digits import DigitsDataset  # noqa: E402
+from .optim_wrappers import AGCAmpOptimWrapper, AGCOptimWrapper, CPUAmpOptimWrapper  # noqa: E402
+
+__all__ = [
+    "AGCAmpOptimWrapper",
+    "AGCOptimWrapper",
+    "BackboneAdapter",
+    "CPUAmpOptimWrapper",
+    "DigitsDataset",
+    "register_paper",
+]
