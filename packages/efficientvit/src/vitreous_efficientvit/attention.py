@@ -1,0 +1,269 @@
+"""Cascaded group attention and its window form (EfficientViT, arXiv 2305.07027, section 3.2 and figure 3).
+
+Parameter names (`c`, `bn`, `qkvs`, `dws`, `proj`, `attention_biases`) are those of the official checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitreous_core.fold import fold_conv_norm
+
+
+class ConvBN(nn.Sequential):
+    """Bias-free convolution and batch norm, no activation.
+
+    Args:
+        in_channels: channels in.
+        out_channels: channels out.
+        kernel_size: side of the kernel.
+        stride: stride.
+        padding: zero padding on every side.
+        groups: groups of the convolution.
+        gamma: initial scale of the batch norm; 0 makes a residual branch start as the identity.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        gamma: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+        )  # fmt: skip
+        self.bn = nn.BatchNorm2d(out_channels)
+        nn.init.constant_(self.bn.weight, gamma)
+
+    def folded(self) -> nn.Conv2d:
+        """The single biased convolution that this pair is in evaluation mode."""
+        return fold_conv_norm(self.c, self.bn)
+
+
+class CascadedGroupAttention(nn.Module):
+    """Attention whose heads see one channel slice each and pass their output on to the next head.
+
+    With slices `x_i` of the input, `u_0 = x_0` and `u_i = x_i + o_{i-1}`; `q, k, v = qkvs_i(u_i)`,
+    `q = dws_i(q)` (a depthwise convolution over the window), and
+    `o_i = softmax(q k^T / sqrt(key_dim) + bias_i) v`; the result is `proj(relu(concat(o)))`.
+
+    **Paper**: arXiv 2305.07027, equations 2 to 4; the relative bias and the ReLU before the projection follow
+    the official code. The bias of (query, key) is entry `|dy| * window_size + |dx|` of the head's table, read
+    at every call, so that it follows loading, moving, averaging and training in any mode.
+
+    Args:
+        channels: channels in and out; a multiple of `num_heads`.
+        num_heads: heads, run one after the other.
+        window_size: side of the square windows that come in.
+        kernel_sizes: side of the query convolution of each head, odd; the first `num_heads` entries are used.
+        key_dim: channels of query and key in every head; values have `channels / num_heads`.
+
+    Raises:
+        ValueError: when the heads do not divide the channels, or a size is out of range.
+    """
+
+    attention_bias_idxs: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window_size: int,
+        kernel_sizes: Sequence[int],
+        key_dim: int = 16,
+    ) -> None:
+        super().__init__()
+        _check_attention(channels, num_heads, window_size, kernel_sizes, key_dim)
+        self.channels = channels
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.key_dim = key_dim
+        self.value_dim = channels // num_heads
+        self.scale = key_dim**-0.5
+
+        self.qkvs = nn.ModuleList(
+            ConvBN(self.value_dim, 2 * key_dim + self.value_dim) for _ in range(num_heads)
+        )
+        self.dws = nn.ModuleList(
+            ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim)
+            for kernel in kernel_sizes[:num_heads]
+        )
+        self.proj = nn.Sequential(nn.ReLU(), ConvBN(channels, channels, gamma=0.0))
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))
+        self.register_buffer("attention_bias_idxs", bias_index(window_size), persistent=False)
+        self.register_load_state_dict_pre_hook(_resize_loaded_table)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, num_heads={self.num_heads}, window_size={self.window_size}"
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Attend inside each window.
+
+        Args:
+            windows: `[B*W, C, window_size, window_size]`.
+
+        Returns:
+            `[B*W, C, window_size, window_size]`.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        expected = (self.channels, self.window_size, self.window_size)
+        if windows.ndim != 4 or tuple(windows.shape[1:]) != expected:
+            raise ValueError(
+                f"windows must be [B*W, {', '.join(map(str, expected))}]; got {tuple(windows.shape)}. "
+                "LocalWindowAttention cuts a map of any size into such windows"
+            )
+        biases = self.attention_biases[:, self.attention_bias_idxs]  # [H, N, N]
+        outputs: list[Tensor] = []
+        for head, piece in enumerate(windows.chunk(self.num_heads, dim=1)):
+            source = piece + outputs[-1] if outputs else piece
+            query, key, value = self.qkvs[head](source).split(
+                [self.key_dim, self.key_dim, self.value_dim], dim=1
+            )
+            query = self.dws[head](query)
+            scores = query.flatten(2).mT @ key.flatten(2) * self.scale + biases[head]
+            attention = scores.softmax(dim=-1)
+            outputs.append((value.flatten(2) @ attention.mT).view_as(piece))
+        return self.proj(torch.cat(outputs, dim=1))
+
+
+class LocalWindowAttention(nn.Module):
+    """Cascaded group attention inside non-overlapping windows of a map of any size.
+
+    The map is padded with zeros on the bottom and right to whole windows and the result is cropped. As in
+    the official code the padded positions are **not masked**: they carry the shift of the QKV batch norms and
+    take part in the softmax of their window as keys.
+
+    Args:
+        channels, num_heads, window_size, kernel_sizes, key_dim: see `CascadedGroupAttention`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window_size: int,
+        kernel_sizes: Sequence[int],
+        key_dim: int = 16,
+    ) -> None:
+        super().__init__()
+        self.attn = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, height, width]` to a map of the same shape."""
+        height, width = x.shape[-2:]
+        window = self.attn.window_size
+        if (height, width) == (window, window):
+            return self.attn(x)
+        padded = F.pad(x, (0, -width % window, 0, -height % window))
+        windows = window_partition(padded, window)
+        merged = window_reverse(self.attn(windows), *padded.shape[-2:])
+        return merged[..., :height, :width]
+
+
+def bias_index(window_size: int) -> Tensor:
+    """Table entry of every (query, key) pair of a square window, `|dy| * window_size + |dx|`.
+
+    Returns:
+        `[N, N]` int64, N = window_size**2, tokens in row-major order, rows index queries.
+    """
+    position = torch.arange(window_size**2)
+    y, x = position // window_size, position % window_size
+    return (y[:, None] - y).abs() * window_size + (x[:, None] - x).abs()
+
+
+def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
+    """A bias table for another window side, resized bicubically over (|dy|, |dx|) as officially.
+
+    Args:
+        table: `[H, M]`, M a square number, floating.
+        window_size: new side.
+
+    Returns:
+        `[H, window_size**2]`, the dtype of `table`.
+
+    Raises:
+        ValueError: when M is no square number.
+    """
+    heads, entries = table.shape
+    side = math.isqrt(entries)
+    if side * side != entries:
+        raise ValueError(
+            f"table must have a square number of entries per head; got shape {tuple(table.shape)}"
+        )
+    grid = table.to(torch.promote_types(table.dtype, torch.float32)).view(1, heads, side, side)
+    resized = F.interpolate(grid, size=(window_size, window_size), mode="bicubic", align_corners=False)
+    return resized.view(heads, window_size**2).to(table.dtype)
+
+
+def window_partition(x: Tensor, window_size: int) -> Tensor:
+    """Cut `[B, C, height, width]`, both sides multiples of the window, into `[B*W, C, window, window]`.
+
+    Windows of one image are in row-major order.
+    """
+    batch, channels, height, width = x.shape
+    rows, columns = height // window_size, width // window_size
+    x = x.view(batch, channels, rows, window_size, columns, window_size).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch * rows * columns, channels, window_size, window_size)
+
+
+def window_reverse(windows: Tensor, height: int, width: int) -> Tensor:
+    """Put the windows of `window_partition` back: `[B*W, C, window, window]` to `[B, C, height, width]`."""
+    channels, window_size = windows.shape[1:3]
+    rows, columns = height // window_size, width // window_size
+    batch = windows.shape[0] // (rows * columns)
+    x = windows.view(batch, rows, columns, channels, window_size, window_size).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(batch, channels, height, width)
+
+
+def _resize_loaded_table(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_: object
+) -> None:  # fmt: skip
+    assert isinstance(module, CascadedGroupAttention)
+    name = f"{prefix}attention_biases"
+    table = state.get(name)
+    if table is None or table.ndim != 2 or table.shape == module.attention_biases.shape:
+        return
+    side = math.isqrt(table.shape[1])
+    if table.shape[0] != module.num_heads or side * side != table.shape[1]:
+        return  # no table of this layer at any window: load_state_dict reports the shapes
+    warnings.warn(
+        f"attention_biases of {side}x{side} windows are resized to "
+        f"{module.window_size}x{module.window_size}: the checkpoint was made for another img_size",
+        stacklevel=2,
+    )
+    state[name] = resize_bias_table(table, module.window_size)
+
+
+def _check_attention(
+    channels: int, num_heads: int, window_size: int, kernel_sizes: Sequence[int], key_dim: int
+) -> None:
+    for name, value in (("num_heads", num_heads), ("window_size", window_size), ("key_dim", key_dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive; got {value}")
+    if channels < 1 or channels % num_heads:
+        raise ValueError(
+            f"num_heads must divide channels; got {num_heads} heads for {channels} channels. "
+            f"Choose channels as a multiple of {num_heads}"
+        )
+    if len(kernel_sizes) < num_heads:
+        raise ValueError(
+            f"kernel_sizes needs an entry for each of the {num_heads} heads; got {tuple(kernel_sizes)}"
+        )
+    if any(kernel < 1 or kernel % 2 == 0 for kernel in kernel_sizes):
+        raise ValueError(
+            f"kernel_sizes must be odd and positive so that the map keeps its size; got {tuple(kernel_sizes)}"
+        )

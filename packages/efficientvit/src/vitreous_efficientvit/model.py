@@ -1,0 +1,502 @@
+"""EfficientViT (MSRA): the backbone M0 to M5 and its classification head, in plain PyTorch.
+
+**Paper**: *EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention*, CVPR 2023,
+arXiv 2305.07027. Written from a description of the network; module names below the public classes are those
+of the official checkpoints, so that a state dict reads the same here and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from vitreous_core.fold import fold_norm_linear
+
+from .attention import ConvBN, LocalWindowAttention
+
+STEM_STRIDE = 16
+NUM_STAGES = 3
+
+_ARCH_REQUIRED = frozenset({"channels", "depths", "num_heads", "kernel_sizes"})
+_ARCH_OPTIONAL = frozenset({"window_size", "key_dim"})
+
+
+def _settings(
+    channels: tuple[int, ...],
+    depths: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    kernel_sizes: tuple[int, ...],
+) -> dict[str, Any]:
+    return {"channels": channels, "depths": depths, "num_heads": num_heads, "kernel_sizes": kernel_sizes}
+
+
+class EfficientViTMSRA(nn.Module):
+    """EfficientViT backbone: a stride-16 stem and three stages of sandwich blocks.
+
+    A block is depthwise conv, FFN, cascaded group attention in windows, depthwise conv, FFN, each residual.
+    Maps come at strides 16, 32 and 64.
+
+    **Paper**: arXiv 2305.07027, section 3.3, figure 2 and table 1.
+
+    The window side of a stage is fixed at construction: `min(7, r)` with `r` the shorter side of the stage's
+    map at `img_size` (so at 224 it is 7, 7, 4). Other input sizes run with these windows, on padded maps.
+    A checkpoint made for another `img_size` loads: its bias tables are resized bicubically, with a warning.
+
+    Args:
+        arch: `"m0"` to `"m5"`, or a dict with `channels`, `depths`, `num_heads` (three entries each) and
+            `kernel_sizes` (of the query convolution, by head index, shared by the stages), and optionally
+            `window_size` (7) and `key_dim` (16).
+        img_size: input size the windows are made for, int or (height, width), multiples of 16.
+        in_channels: image channels.
+        out_indices: stages whose maps are returned, int or sequence, negative ones count from the end.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
+        norm_eval: keep batch norms in evaluation mode while training.
+        with_cp: recompute the blocks in the backward pass to save memory; results are unchanged.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0; the paper uses none.
+
+    Raises:
+        TypeError: for an `arch`, `img_size` or `out_indices` of another type.
+        ValueError: for an unknown architecture, sizes no multiple of 16, heads that do not divide channels.
+    """
+
+    arch_settings: ClassVar[dict[str, dict[str, Any]]] = {
+        "m0": _settings((64, 128, 192), (1, 2, 3), (4, 4, 4), (5, 5, 5, 5)),
+        "m1": _settings((128, 144, 192), (1, 2, 3), (2, 3, 3), (7, 5, 3, 3)),
+        "m2": _settings((128, 192, 224), (1, 2, 3), (4, 3, 2), (7, 5, 3, 3)),
+        "m3": _settings((128, 240, 320), (1, 2, 3), (4, 3, 4), (5, 5, 5, 5)),
+        "m4": _settings((128, 256, 384), (1, 2, 3), (4, 4, 4), (7, 5, 3, 3)),
+        "m5": _settings((192, 288, 384), (1, 3, 4), (3, 3, 4), (7, 5, 3, 3)),
+    }
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "m0",
+        img_size: int | Sequence[int] = 224,
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = -1,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        arch = _checked_arch(arch, self.arch_settings)
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must be in [0, 1); got {drop_path_rate}")
+        if not -1 <= frozen_stages <= NUM_STAGES:
+            raise ValueError(
+                f"frozen_stages must be -1 (none), 0 (the stem) or 1 to {NUM_STAGES}; got {frozen_stages}"
+            )
+        self.channels: tuple[int, ...] = tuple(arch["channels"])
+        self.depths: tuple[int, ...] = tuple(arch["depths"])
+        self.img_size = _checked_img_size(img_size)
+        self.in_channels = in_channels
+        self.out_indices = _checked_out_indices(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        self.deploy = False
+
+        self.patch_embed = _stem(in_channels, self.channels[0])
+        window_size, key_dim = arch.get("window_size", 7), arch.get("key_dim", 16)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        side = min(self.img_size) // STEM_STRIDE
+        for stage in range(NUM_STAGES):
+            layers: list[nn.Module] = []
+            if stage > 0:
+                layers += _subsample(self.channels[stage - 1], self.channels[stage])
+                side = (side - 1) // 2 + 1
+            layers += [
+                EfficientViTBlock(
+                    self.channels[stage],
+                    arch["num_heads"][stage],
+                    min(window_size, side),
+                    arch["kernel_sizes"],
+                    key_dim,
+                    drop_path=next(rates),
+                )
+                for _ in range(self.depths[stage])
+            ]
+            self.add_module(f"blocks{stage + 1}", nn.Sequential(*layers))
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps of the stages in `out_indices`.
+
+        Args:
+            x: `[B, in_channels, height, width]`, height and width multiples of 16.
+
+        Returns:
+            NCHW maps in stage order; stage s has stride 16, 32 or 64 (rounded up) and `channels[s]` channels.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        self._check_input(x)
+        x = self.patch_embed(x)
+        outputs = []
+        for stage in range(max(self.out_indices) + 1):
+            for layer in self.get_submodule(f"blocks{stage + 1}"):
+                x = self._run(layer, x)
+            if stage in self.out_indices:
+                outputs.append(x)
+        return tuple(outputs)
+
+    def train(self, mode: bool = True) -> EfficientViTMSRA:
+        """Set the mode; frozen stages, and all batch norms under `norm_eval`, stay in evaluation mode.
+
+        Raises:
+            RuntimeError: for training mode after `switch_to_deploy`.
+        """
+        _check_trainable(self.deploy, mode)
+        super().train(mode)
+        self._freeze()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Fold every batch norm into its convolution, in place; a second call changes nothing.
+
+        State dicts lose their `bn` entries, so load weights before.
+
+        **Numerics**: computed in fp64 and rounded once to the model's dtype; device and dtype stay.
+
+        Raises:
+            RuntimeError: in training mode, where batch norms are no fixed maps.
+        """
+        if self.deploy:
+            return
+        _check_evaluating(self)
+        _fold_batch_norms(self)
+        self.deploy = True
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning rates: stem 0, each block one, everything else last.
+
+        The layers between two stages count with the first block after them.
+
+        Args:
+            param_name: full name of the parameter.
+            prefix: what stands before the backbone's own names, e.g. `"backbone."`.
+
+        Returns:
+            The depth and the number of depths.
+        """
+        num_layers = sum(self.depths) + 2
+        parts = param_name.removeprefix(prefix).split(".")
+        if param_name.startswith(prefix) and parts[0] == "patch_embed":
+            return 0, num_layers
+        if param_name.startswith(prefix) and parts[0].startswith("blocks"):
+            stage, child = int(parts[0].removeprefix("blocks")) - 1, int(parts[1])
+            block = child if stage == 0 else max(child - 3, 0)
+            return 1 + sum(self.depths[:stage]) + block, num_layers
+        return num_layers - 1, num_layers
+
+    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if not (self.with_cp and self.training and torch.is_grad_enabled()):
+            return layer(x)
+        return checkpoint(layer, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, layer))
+
+    def _freeze(self) -> None:
+        frozen = ["patch_embed", *(f"blocks{stage + 1}" for stage in range(self.frozen_stages))]
+        for name in frozen if self.frozen_stages >= 0 else ():
+            self.get_submodule(name).eval().requires_grad_(False)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, height, width]; got {tuple(x.shape)}")
+        if min(x.shape[2:]) < STEM_STRIDE or x.shape[2] % STEM_STRIDE or x.shape[3] % STEM_STRIDE:
+            raise ValueError(
+                f"height and width of x must be positive multiples of {STEM_STRIDE}; "
+                f"got {tuple(x.shape[2:])}. Resize or pad the images"
+            )
+
+
+class EfficientViTMSRAHead(nn.Module):
+    """Global average pool and one batch-normed linear classifier, or two of them for distillation.
+
+    Args:
+        num_classes: classes; 0 leaves the pooled features as they are.
+        in_channels: channels of the last map.
+        distillation: add the classifier that learns from a teacher.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, distillation: bool = False) -> None:
+        super().__init__()
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0 (no classifier); got {num_classes}")
+        self.num_classes = num_classes
+        self.deploy = False
+        self.classifier = _classifier(in_channels, num_classes)
+        self.distillation_classifier = _classifier(in_channels, num_classes) if distillation else None
+
+    def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
+        """Spatial mean `[B, C]` of the last of the backbone's maps."""
+        return feats[-1].mean(dim=(2, 3))
+
+    def scores(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits `[B, num_classes]` of each classifier, the one that learns from labels first."""
+        pooled = self.pre_logits(feats)
+        logits = self.classifier(pooled)
+        if self.distillation_classifier is None:
+            return (logits,)
+        return logits, self.distillation_classifier(pooled)
+
+    def forward(self, feats: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Logits `[B, num_classes]`; of two classifiers the pair while training, the mean in evaluation."""
+        scores = self.scores(feats)
+        if len(scores) == 1:
+            return scores[0]
+        return scores if self.training else (scores[0] + scores[1]) / 2
+
+    def train(self, mode: bool = True) -> EfficientViTMSRAHead:
+        """Set the mode.
+
+        Raises:
+            RuntimeError: for training mode after `switch_to_deploy`.
+        """
+        _check_trainable(self.deploy, mode)
+        super().train(mode)
+        return self
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Fold the batch norms, and two classifiers into their mean, in place; a second call changes nothing.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        if self.deploy:
+            return
+        _check_evaluating(self)
+        _fold_batch_norms(self)
+        if isinstance(self.distillation_classifier, nn.Linear):
+            for mine, other in zip(
+                self.classifier.parameters(), self.distillation_classifier.parameters(), strict=True
+            ):
+                mine.copy_((mine.double() + other.double()) / 2)
+        self.distillation_classifier = None
+        self.deploy = True
+
+
+class EfficientViTBlock(nn.Sequential):
+    """Sandwich block: one attention layer between two depthwise convolutions and two FFNs; section 3.1."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window_size: int,
+        kernel_sizes: Sequence[int],
+        key_dim: int,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        attention = LocalWindowAttention(channels, num_heads, window_size, kernel_sizes, key_dim)
+        self.dw0 = Residual(_depthwise(channels, gamma=0.0), drop_path)
+        self.ffn0 = Residual(FFN(channels), drop_path)
+        self.mixer = Residual(attention, drop_path)
+        self.dw1 = Residual(_depthwise(channels, gamma=0.0), drop_path)
+        self.ffn1 = Residual(FFN(channels), drop_path)
+
+
+class Residual(nn.Module):
+    """`x + m(x)`, the branch dropped per image with probability `drop_path` while training."""
+
+    def __init__(self, m: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.m = m
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.m(x)
+        if self.training and self.drop_path > 0.0:
+            keep = 1.0 - self.drop_path
+            branch = branch * (branch.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep) / keep)
+        return x + branch
+
+
+class FFN(nn.Module):
+    """Two 1x1 convolutions with a ReLU between, expansion 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pw1 = ConvBN(channels, 2 * channels)
+        self.act = nn.ReLU()
+        self.pw2 = ConvBN(2 * channels, channels, gamma=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw2(self.act(self.pw1(x)))
+
+
+class PatchMerging(nn.Module):
+    """Inverted residual without the residual: 1x1 to 4C, depthwise 3x3 stride 2, squeeze-excite, 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        hidden = 4 * in_channels
+        self.conv1 = ConvBN(in_channels, hidden)
+        self.conv2 = ConvBN(hidden, hidden, kernel_size=3, stride=2, padding=1, groups=hidden)
+        self.se = SqueezeExcite(hidden)
+        self.conv3 = ConvBN(hidden, out_channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv1(x))
+        x = self.act(self.conv2(x))
+        return self.conv3(self.se(x))
+
+
+class SqueezeExcite(nn.Module):
+    """Gate each channel by a two-layer function of all channels' spatial means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # A quarter, rounded to a multiple of 8.
+        reduced = max(8, (channels // 4 + 4) // 8 * 8)
+        self.fc1 = nn.Conv2d(channels, reduced, kernel_size=1)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Conv2d(reduced, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc2(self.act(self.fc1(x.mean(dim=(2, 3), keepdim=True))))
+        return x * gate.sigmoid()
+
+
+class BNLinear(nn.Sequential):
+    """Batch norm and linear layer."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(in_features)
+        self.l = nn.Linear(in_features, out_features)
+        nn.init.trunc_normal_(self.l.weight, std=0.02)
+        nn.init.zeros_(self.l.bias)
+
+    def folded(self) -> nn.Linear:
+        """The single linear layer that this pair is in evaluation mode."""
+        return fold_norm_linear(self.bn, self.l)
+
+
+def _stem(in_channels: int, channels: int) -> nn.Sequential:
+    widths = [in_channels, channels // 8, channels // 4, channels // 2, channels]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [ConvBN(before, after, kernel_size=3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _subsample(in_channels: int, out_channels: int) -> list[nn.Module]:
+    def local(channels: int) -> nn.Sequential:
+        return nn.Sequential(Residual(_depthwise(channels, gamma=1.0)), Residual(FFN(channels)))
+
+    return [local(in_channels), PatchMerging(in_channels, out_channels), local(out_channels)]
+
+
+def _depthwise(channels: int, gamma: float) -> ConvBN:
+    return ConvBN(channels, channels, kernel_size=3, padding=1, groups=channels, gamma=gamma)
+
+
+def _classifier(in_channels: int, num_classes: int) -> nn.Module:
+    return BNLinear(in_channels, num_classes) if num_classes else nn.Identity()
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, ConvBN | BNLinear):
+            folded = child.folded().eval()
+            folded.requires_grad_(next(child.parameters()).requires_grad)
+            setattr(module, name, folded)
+        else:
+            _fold_batch_norms(child)
+
+
+def _checkpoint_contexts(
+    layer: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _running_statistics_kept(layer)
+
+
+@contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    # Recomputing a block must not move its running statistics a second time. A batch norm in training mode
+    # that does not track still normalises by the batch.
+    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.training]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _check_evaluating(module: nn.Module) -> None:
+    if module.training:
+        raise RuntimeError(
+            "switch_to_deploy folds running statistics and needs evaluation mode; call eval() first"
+        )
+
+
+def _check_trainable(deploy: bool, mode: bool) -> None:
+    if deploy and mode:
+        raise RuntimeError(
+            "the batch norms of this model are folded away (switch_to_deploy), so it cannot train; "
+            "build a new model and load the original weights"
+        )
+
+
+def _checked_arch(
+    arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    if isinstance(arch, str):
+        if arch.lower() not in settings:
+            raise ValueError(f"arch must be one of {sorted(settings)} or a dict; got {arch!r}")
+        return settings[arch.lower()]
+    if not isinstance(arch, Mapping):
+        raise TypeError(f"arch must be a name or a dict; got {type(arch).__name__}")
+    if not _ARCH_REQUIRED <= set(arch) <= _ARCH_REQUIRED | _ARCH_OPTIONAL:
+        raise ValueError(
+            f"arch needs {sorted(_ARCH_REQUIRED)} and may have {sorted(_ARCH_OPTIONAL)}; got {sorted(arch)}"
+        )
+    for name in ("channels", "depths", "num_heads"):
+        if len(arch[name]) != NUM_STAGES:
+            raise ValueError(f"arch[{name!r}] needs {NUM_STAGES} entries; got {arch[name]}")
+        if min(arch[name]) < 1:
+            raise ValueError(f"arch[{name!r}] must be positive; got {arch[name]}")
+    if arch["channels"][0] % 8:
+        raise ValueError(
+            f"arch['channels'][0] must be a multiple of 8, the stem starts with an eighth of it; "
+            f"got {arch['channels'][0]}"
+        )
+    return arch
+
+
+def _checked_img_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise TypeError(f"img_size must be an int or (height, width); got {img_size!r}")
+    if any(side < STEM_STRIDE or side % STEM_STRIDE for side in sides):
+        raise ValueError(f"img_size must be positive multiples of {STEM_STRIDE}; got {img_size}")
+    return sides
+
+
+def _checked_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
+    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    if not indices or not all(isinstance(index, int) for index in indices):
+        raise TypeError(f"out_indices must be an int or a sequence of ints; got {out_indices!r}")
+    if any(not -NUM_STAGES <= index < NUM_STAGES for index in indices):
+        raise ValueError(f"out_indices must lie in [{-NUM_STAGES}, {NUM_STAGES}); got {out_indices}")
+    return tuple(index % NUM_STAGES for index in indices)
