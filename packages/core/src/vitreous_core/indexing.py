@@ -1,0 +1,116 @@
+"""Token orders and layouts as device tensors: built once on the host, kept in bounded caches.
+
+Modules ask for tables on every call, with the size of the image at hand; a hit costs a dictionary lookup. Tables
+are built outside inference mode, so that one first needed during evaluation still serves training. Under
+`torch.compile` a call is evaluated while tracing and its tables become constants of the graph.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import curves
+from .layout import BlockLayout
+from .patterns import DEFAULT_BLOCK, Pattern
+
+ORDERS = ("row_major", "hilbert", "morton", "window", "tile")
+_CACHED_SIZES = 64
+
+
+def build_order(kind: str, height: int, width: int, tile: int | tuple[int, int] | None = None) -> curves.Order:
+    """A token order by name.
+
+    Args:
+        kind: one of `ORDERS`.
+        height, width: sides of the image.
+        tile: side of a window for `"window"`; (rows, columns) for `"tile"`; None for the others.
+
+    Raises:
+        ValueError: for an unknown name, or a tile where none belongs or none where one does.
+    """
+    match kind, tile:
+        case "row_major", None:
+            return curves.row_major_order(height, width)
+        case "hilbert", None:
+            return curves.hilbert_order(height, width)
+        case "morton", None:
+            return curves.morton_order(height, width)
+        case "window", int():
+            return curves.window_order(height, width, tile)
+        case "tile", (int(), int()):
+            return curves.tile_order(height, width, tile)
+    raise ValueError(
+        f"order must be one of {ORDERS}, with a side for 'window', (rows, columns) for 'tile' and nothing "
+        f"for the others; got {kind!r} with {tile!r}"
+    )
+
+
+@torch.compiler.assume_constant_result
+def order_tables(
+    kind: str, height: int, width: int, device: torch.device | str, tile: int | tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gather indices to the order and back.
+
+    Args:
+        kind, height, width, tile: as `build_order`.
+        device: where the tables go.
+
+    Returns:
+        `order` (image to sequence: `tokens[:, order]`) and `position` (sequence to image), int64 `[L]` each.
+    """
+    return _order_tables(kind, height, width, tile, str(_indexed(device)))
+
+
+@torch.compiler.assume_constant_result
+def layout_for(
+    pattern: Pattern,
+    kind: str,
+    height: int,
+    width: int,
+    device: torch.device | str,
+    *,
+    tile: int | tuple[int, int] | None = None,
+    query_block: int = DEFAULT_BLOCK,
+    key_block: int = DEFAULT_BLOCK,
+) -> BlockLayout:
+    """The layout of a pattern under a named order, on a device."""
+    return _layout(pattern, kind, height, width, tile, str(_indexed(device)), query_block, key_block)
+
+
+def clear_caches() -> None:
+    """Forget every table, for instance to free device memory after training at many sizes."""
+    _order_tables.cache_clear()
+    _layout.cache_clear()
+
+
+@lru_cache(_CACHED_SIZES)
+def _order_tables(
+    kind: str, height: int, width: int, tile: int | tuple[int, int] | None, device: str
+) -> tuple[Tensor, Tensor]:
+    order = build_order(kind, height, width, tile)
+    with torch.inference_mode(False):
+        tables = (order, curves.inverse_order(order))
+        gather, scatter = (torch.from_numpy(table).to(device=device, dtype=torch.int64) for table in tables)
+    return gather, scatter
+
+
+@lru_cache(_CACHED_SIZES)
+def _layout(
+    pattern: Pattern, kind: str, height: int, width: int, tile: int | tuple[int, int] | None, device: str,
+    query_block: int, key_block: int,
+) -> BlockLayout:  # fmt: skip
+    order = build_order(kind, height, width, tile)
+    with torch.inference_mode(False):
+        layout = pattern.layout(height, width, order, query_block=query_block, key_block=key_block)
+        return layout.to(device)
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """The device with its index spelled out: "cuda" means another device on another current device."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
