@@ -1,0 +1,253 @@
+"""Every task of the workspace is one session here: `nox --list` shows them, `nox -s NAME` runs one.
+
+A session makes an environment of its own (uv, or virtualenv where uv is missing) at the pins of constraints.txt.
+With `--no-venv` it installs nothing: it runs the interpreter that runs nox, with packages/*/src on PYTHONPATH, so
+that the same sessions work on a machine without a network. Members are found by their folder: a new paper needs no
+edit here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "lint", "types", "docs"]
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+MEMBERS = {
+    folder.name: nox.project.load_toml(folder / "pyproject.toml")
+    for pattern in PYPROJECT["tool"]["uv"]["workspace"]["members"]
+    for folder in sorted(ROOT.glob(pattern))
+    if (folder / "pyproject.toml").is_file()
+}
+PAPERS = [name for name, member in MEMBERS.items() if "vitreous.papers" in member["project"].get("entry-points", {})]
+EACH_PAPER = nox.parametrize("paper", [nox.param(paper, id=paper) for paper in PAPERS])
+LOWEST_PYTHON = "3.11"
+MIRROR = re.compile(r"^constraint-dependencies = \[.*?\]$", re.MULTILINE | re.DOTALL)
+SKIP_WITHOUT_GPU = "--skip-without-gpu"
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Train one small model of every paper on real images and write one HTML page about it."""
+    prepare(session, MEMBERS)
+    python(session, "-m", "vitreous_core.mm.demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test all packages together on the CPU, Triton's interpreter included (`-- ARGS` go to pytest)."""
+    prepare(session, MEMBERS, groups=["test"])
+    run_tests(session, ["packages", "tests"])
+
+
+def add_member_tests(member: str) -> None:
+    """Register the session `tests(member)`.
+
+    A parametrised `tests` would make plain `nox -s tests` test the members one by one instead of together, so each
+    of these is a session of its own that only carries such a name.
+    """
+
+    def member_tests(session: nox.Session) -> None:
+        prepare(session, [member], groups=["test"])
+        run_tests(session, [f"packages/{member}"])
+
+    member_tests.__doc__ = f"Test {member} in a fresh environment with only its own dependencies."
+    nox.session(member_tests, name=f"tests({member})", reuse_venv=False, default=False)
+
+
+for _member in MEMBERS:
+    add_member_tests(_member)
+
+
+@nox.session(default=False)
+def interpret(session: nox.Session) -> None:
+    """Run the kernels' tests in Triton's interpreter, no GPU needed (`tests` does this too)."""
+    prepare(session, MEMBERS, groups=["test"])
+    run_interpreter_tests(session, ["packages", "tests"])
+
+
+@nox.session(default=False)
+def gpu_tests(session: nox.Session) -> None:
+    """Run every package's GPU tests; no GPU is a failure (`-- --skip-without-gpu`: a skip)."""
+    prepare(session, MEMBERS, groups=["test"])
+    arguments = [argument for argument in session.posargs if argument != SKIP_WITHOUT_GPU]
+    if not has_gpu(session):
+        if SKIP_WITHOUT_GPU in session.posargs:
+            session.skip(f"torch finds no GPU here, and {SKIP_WITHOUT_GPU} was given")
+        session.error(f"torch finds no GPU here; `nox -s gpu_tests -- {SKIP_WITHOUT_GPU}` skips instead of failing")
+    report = Path(session.create_tmp()) / "gpu_tests.xml"
+    report.unlink(missing_ok=True)
+    # Exit code 5 (nothing selected) is judged below, together with "all skipped", which pytest counts as success.
+    python(session, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *arguments, success_codes=[0, 5])
+    ran = Counter(
+        case.get("classname", "").removeprefix("packages.").split(".")[0]
+        for case in ElementTree.parse(report).iter("testcase")
+        if case.find("skipped") is None
+    )
+    session.log("GPU tests run: " + (", ".join(f"{count} of {name}" for name, count in sorted(ran.items())) or "none"))
+    if not ran:
+        session.error("no GPU test ran, so nothing was checked: is any test marked `gpu`, and does -k match one?")
+
+
+@nox.session(default=False)
+@EACH_PAPER
+def reproduce(session: nox.Session, paper: str) -> None:
+    """Train a paper's small-data configs (or `-- NAME ...`) and record each run in docs/results/repro/."""
+    prepare(session, ["core", paper])
+    python(session, "-m", "vitreous_core.mm.reproduce", paper, *session.posargs)
+
+
+@nox.session(default=False, reuse_venv=False)
+@EACH_PAPER
+def standalone(session: nox.Session, paper: str) -> None:
+    """Install one paper's wheel and core's, nothing else, and list, build, train and resume elsewhere."""
+    with tempfile.TemporaryDirectory(prefix="vitreous-standalone-") as elsewhere:
+        if session.virtualenv.is_sandboxed:
+            install(session, *(build_wheel(session, member, Path(elsewhere)) for member in ("core", paper)))
+        else:
+            session.env["PYTHONPATH"] = source_path(["core", paper])
+        with session.chdir(elsewhere):
+            python(session, ROOT / "tests" / "standalone.py", paper)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff (`-- --fix` mends what can be mended)."""
+    prepare(session, [], groups=["lint"])
+    fix = "--fix" in session.posargs
+    python(session, "-m", "ruff", "check", *(["--fix"] if fix else []))
+    python(session, "-m", "ruff", "format", *([] if fix else ["--check"]))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy, strictly on core's public modules."""
+    prepare(session, ["core"], groups=["types"])
+    python(session, "-m", "mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation strictly into site/ (`-- serve` shows it while you write)."""
+    prepare(session, [], groups=["docs"])
+    python(session, "-m", "mkdocs", *(session.posargs or ["build", "--strict", "--quiet"]))
+
+
+@nox.session(default=False)
+def tables(session: nox.Session) -> None:
+    """Render the tables of README.md and docs/results/ from the recorded runs and the claims."""
+    prepare(session, [], groups=["docs"])
+    python(session, ROOT / "docs" / "tables.py")
+
+
+@nox.session(default=False)
+def pins(session: nox.Session) -> None:
+    """Resolve constraints.txt and its mirror in pyproject.toml (`-- --upgrade`: newest versions)."""
+    if not session.virtualenv.is_sandboxed:
+        session.error("pins asks the package index from an environment of its own: leave out --no-venv")
+    session.install("uv")
+    wanted = Path(session.create_tmp()) / "requirements.in"
+    wanted.write_text("\n".join(sorted(third_party_requirements())) + "\n")
+    resolve = ["uv", "pip", "compile", "--no-config", "--universal", "--python-version", LOWEST_PYTHON]
+    output = ["--no-header", "--no-annotate", "--quiet", "--output-file", CONSTRAINTS]
+    session.run(*resolve, *output, *session.posargs, wanted)
+    pyproject = ROOT / "pyproject.toml"
+    mirror = "".join(f"  {json.dumps(pin)},\n" for pin in CONSTRAINTS.read_text().splitlines())
+    pyproject.write_text(MIRROR.sub(lambda _: f"constraint-dependencies = [\n{mirror}]", pyproject.read_text()))
+
+
+# What the sessions share: preparing an environment, and running things in it.
+
+
+def prepare(session: nox.Session, members: Iterable[str], *, groups: Sequence[str] = ()) -> None:
+    """Make members (editable, with their extras) and dependency groups importable in this session."""
+    if not session.virtualenv.is_sandboxed:
+        session.env["PYTHONPATH"] = source_path(MEMBERS)
+        return
+    editable: list[str] = []
+    for member in members:
+        extras = ",".join(MEMBERS[member]["project"].get("optional-dependencies", {}))
+        editable += ["-e", f"packages/{member}[{extras}]" if extras else f"packages/{member}"]
+    if editable and "core" not in members:
+        # pip, unlike uv, does not know workspace members and would look for core in the package index.
+        editable += ["-e", "packages/core"]
+    install(session, *editable, *nox.project.dependency_groups(PYPROJECT, *groups))
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install at the committed pins, which hold for build backends too."""
+    session.install("-c", str(CONSTRAINTS), *requirements, env={"UV_BUILD_CONSTRAINT": str(CONSTRAINTS)})
+
+
+def source_path(members: Iterable[str]) -> str:
+    """A PYTHONPATH that finds the members' sources, in front of what is on it already."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([*(str(ROOT / "packages" / member / "src") for member in members), *filter(None, given)])
+
+
+def python(session: nox.Session, *arguments: str | Path, **options: Any) -> Any:
+    """Run the session's Python; without an environment, the interpreter that runs nox."""
+    program = "python" if session.virtualenv.is_sandboxed else sys.executable
+    return session.run(program, *arguments, **options)
+
+
+def has_gpu(session: nox.Session) -> bool:
+    """Whether this session's torch finds a GPU."""
+    answer = python(session, "-c", "import torch; print(torch.cuda.is_available())", silent=True)
+    return str(answer).strip().endswith("True")
+
+
+def run_tests(session: nox.Session, folders: Sequence[str]) -> None:
+    """Run the folders' CPU tests, then those for Triton's interpreter."""
+    python(session, "-m", "pytest", "-m", "not gpu and not interpret", *folders, *session.posargs)
+    run_interpreter_tests(session, folders)
+
+
+def run_interpreter_tests(session: nox.Session, folders: Sequence[str]) -> None:
+    """Run the tests marked `interpret`: in a process of their own, as Triton reads the switch when it is imported."""
+    files = [
+        str(file.relative_to(ROOT))
+        for folder in folders
+        for file in sorted((ROOT / folder).rglob("test_*.py"))
+        if "mark.interpret" in file.read_text()
+    ]
+    if not files:
+        session.log(f"no test in {', '.join(folders)} is marked `interpret`: nothing to run in Triton's interpreter")
+        return
+    python(session, "-m", "pytest", "-m", "interpret", *files, *session.posargs, env={"TRITON_INTERPRET": "1"})
+
+
+def build_wheel(session: nox.Session, member: str, folder: Path) -> str:
+    """Build one member's wheel into `folder` and return its path."""
+    if session.virtualenv.venv_backend != "uv":
+        session.install("uv")
+    command = ["uv", "build", "--wheel", "--quiet", "--build-constraint", CONSTRAINTS, "--out-dir", folder]
+    session.run(*command, ROOT / "packages" / member)
+    distribution = MEMBERS[member]["project"]["name"].replace("-", "_")
+    (wheel,) = folder.glob(f"{distribution}-*.whl")
+    return str(wheel)
+
+
+def third_party_requirements() -> set[str]:
+    """Everything that any session installs, the workspace's own packages left out."""
+    requirements = set(nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"]))
+    for member in MEMBERS.values():
+        for listed in (member["project"]["dependencies"], *member["project"].get("optional-dependencies", {}).values()):
+            requirements.update(requirement for requirement in listed if not requirement.startswith("vitreous-"))
+    return requirements
