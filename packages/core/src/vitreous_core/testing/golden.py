@@ -132,7 +132,7 @@ def _scaled(name: str, noise: np.ndarray) -> np.ndarray:
     if leaf == "running_mean":
         return 0.05 * noise
     if leaf == "running_var":
-        return 1.0 + 0.1 * np.abs(noise)
+        return 1.0 + 0.1 * abs(noise)
     if leaf == "attention_biases":
         return 0.5 * noise
     if leaf == "logit_scale":
