@@ -14,9 +14,7 @@ def interval_lists(start: NDArray[np.int32], stop: NDArray[np.int32], query_bloc
     return _pad(*_interval_lists(start, stop, query_block, key_block))
 
 
-def box_lists(
-    bounds: NDArray[np.int32], block_of_cell: NDArray[np.int32], query_block: int, key_block: int
-) -> Lists:
+def box_lists(bounds: NDArray[np.int32], block_of_cell: NDArray[np.int32], query_block: int, key_block: int) -> Lists:
     """Counts, indices and partial flags of the blocks that boxes touch.
 
     Args:

@@ -2,22 +2,27 @@
 
 Modules ask for tables on every call, with the size of the image at hand; a hit costs a dictionary lookup. Tables
 are built outside inference mode, so that one first needed during evaluation still serves training. Under
-`torch.compile` a call is evaluated while tracing and its tables become constants of the graph.
+`torch.compile` a call is evaluated while tracing and its tables become constants of the graph; the pattern must then
+come from outside the compiled function, for instance from a module's attribute.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import curves
-from .layout import BlockLayout
+from .layout import BitRule, BlockLayout, BoxRule, IntervalRule
 from .patterns import DEFAULT_BLOCK, Pattern
 
 ORDERS = ("row_major", "hilbert", "morton", "window", "tile")
 _CACHED_SIZES = 64
+_RULES: dict[str, Any] = {rule.__name__: rule for rule in (IntervalRule, BoxRule, BitRule)}
+_PLAIN_FIELDS = tuple(field.name for field in fields(BlockLayout) if field.name != "rule")
 
 
 def build_order(kind: str, height: int, width: int, tile: int | tuple[int, int] | None = None) -> curves.Order:
@@ -61,10 +66,9 @@ def order_tables(
     Returns:
         `order` (image to sequence: `tokens[:, order]`) and `position` (sequence to image), int64 `[L]` each.
     """
-    return _order_tables(kind, height, width, tile, str(_indexed(device)))
+    return _order_tables(kind, height, width, tile, _indexed(device))
 
 
-@torch.compiler.assume_constant_result
 def layout_for(
     pattern: Pattern,
     kind: str,
@@ -77,7 +81,12 @@ def layout_for(
     key_block: int = DEFAULT_BLOCK,
 ) -> BlockLayout:
     """The layout of a pattern under a named order, on a device."""
-    return _layout(pattern, kind, height, width, tile, str(_indexed(device)), query_block, key_block)
+    key = (pattern, kind, height, width, tile, _indexed(device), query_block, key_block)
+    if not torch.compiler.is_compiling():
+        return _layout(*key)
+    # Dynamo takes tensors and numbers for constants but cannot see into an object that came as one.
+    rule, rule_values, values = _layout_parts(*key)
+    return BlockLayout(**dict(zip(_PLAIN_FIELDS, values, strict=True)), rule=_RULES[rule](*rule_values))
 
 
 def clear_caches() -> None:
@@ -108,9 +117,16 @@ def _layout(
         return layout.to(device)
 
 
-def _indexed(device: torch.device | str) -> torch.device:
-    """The device with its index spelled out: "cuda" means another device on another current device."""
+@torch.compiler.assume_constant_result
+def _layout_parts(*key: Any) -> tuple[str, tuple[Any, ...], tuple[Any, ...]]:
+    layout = _layout(*key)
+    rule_values = tuple(getattr(layout.rule, field.name) for field in fields(layout.rule))
+    return type(layout.rule).__name__, rule_values, tuple(getattr(layout, name) for name in _PLAIN_FIELDS)
+
+
+def _indexed(device: torch.device | str) -> str:
+    """The device's name with its index spelled out: "cuda" means another device on another current device."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+        return f"cuda:{torch.cuda.current_device()}"
+    return str(device)
