@@ -93,12 +93,9 @@ class CascadedGroupAttention(nn.Module):
         self.value_dim = channels // num_heads
         self.scale = key_dim**-0.5
 
-        self.qkvs = nn.ModuleList(
-            ConvBN(self.value_dim, 2 * key_dim + self.value_dim) for _ in range(num_heads)
-        )
+        self.qkvs = nn.ModuleList(ConvBN(self.value_dim, 2 * key_dim + self.value_dim) for _ in range(num_heads))
         self.dws = nn.ModuleList(
-            ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim)
-            for kernel in kernel_sizes[:num_heads]
+            ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim) for kernel in kernel_sizes[:num_heads]
         )
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(channels, channels, gamma=0.0))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))
@@ -130,9 +127,7 @@ class CascadedGroupAttention(nn.Module):
         outputs: list[Tensor] = []
         for head, piece in enumerate(windows.chunk(self.num_heads, dim=1)):
             source = piece + outputs[-1] if outputs else piece
-            query, key, value = self.qkvs[head](source).split(
-                [self.key_dim, self.key_dim, self.value_dim], dim=1
-            )
+            query, key, value = self.qkvs[head](source).split([self.key_dim, self.key_dim, self.value_dim], dim=1)
             query = self.dws[head](query)
             scores = query.flatten(2).mT @ key.flatten(2) * self.scale + biases[head]
             attention = scores.softmax(dim=-1)
@@ -201,9 +196,7 @@ def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
     heads, entries = table.shape
     side = math.isqrt(entries)
     if side * side != entries:
-        raise ValueError(
-            f"table must have a square number of entries per head; got shape {tuple(table.shape)}"
-        )
+        raise ValueError(f"table must have a square number of entries per head; got shape {tuple(table.shape)}")
     grid = table.to(torch.promote_types(table.dtype, torch.float32)).view(1, heads, side, side)
     resized = F.interpolate(grid, size=(window_size, window_size), mode="bicubic", align_corners=False)
     return resized.view(heads, window_size**2).to(table.dtype)
@@ -260,9 +253,7 @@ def _check_attention(
             f"Choose channels as a multiple of {num_heads}"
         )
     if len(kernel_sizes) < num_heads:
-        raise ValueError(
-            f"kernel_sizes needs an entry for each of the {num_heads} heads; got {tuple(kernel_sizes)}"
-        )
+        raise ValueError(f"kernel_sizes needs an entry for each of the {num_heads} heads; got {tuple(kernel_sizes)}")
     if any(kernel < 1 or kernel % 2 == 0 for kernel in kernel_sizes):
         raise ValueError(
             f"kernel_sizes must be odd and positive so that the map keeps its size; got {tuple(kernel_sizes)}"

@@ -92,9 +92,7 @@ class EfficientViTMSRA(nn.Module):
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1); got {drop_path_rate}")
         if not -1 <= frozen_stages <= NUM_STAGES:
-            raise ValueError(
-                f"frozen_stages must be -1 (none), 0 (the stem) or 1 to {NUM_STAGES}; got {frozen_stages}"
-            )
+            raise ValueError(f"frozen_stages must be -1 (none), 0 (the stem) or 1 to {NUM_STAGES}; got {frozen_stages}")
         self.channels: tuple[int, ...] = tuple(arch["channels"])
         self.depths: tuple[int, ...] = tuple(arch["depths"])
         self.img_size = _checked_img_size(img_size)
@@ -431,23 +429,21 @@ def _checkpoint_contexts(
 
 @contextmanager
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    # Recomputing a block must not move its running statistics a second time. A batch norm in training mode
-    # that does not track still normalises by the batch.
+    # Recomputing a block must not move its running statistics a second time.
     norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.training]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _check_evaluating(module: nn.Module) -> None:
     if module.training:
-        raise RuntimeError(
-            "switch_to_deploy folds running statistics and needs evaluation mode; call eval() first"
-        )
+        raise RuntimeError("switch_to_deploy folds running statistics and needs evaluation mode; call eval() first")
 
 
 def _check_trainable(deploy: bool, mode: bool) -> None:
@@ -458,9 +454,7 @@ def _check_trainable(deploy: bool, mode: bool) -> None:
         )
 
 
-def _checked_arch(
-    arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]
-) -> Mapping[str, Any]:
+def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     if isinstance(arch, str):
         if arch.lower() not in settings:
             raise ValueError(f"arch must be one of {sorted(settings)} or a dict; got {arch!r}")
