@@ -1,9 +1,7 @@
 """The only place in core that imports MMEngine and MMPretrain (extra: `vitreous-core[mm]`).
 
-Importing it makes MMEngine 0.10.7 safe and working with current PyTorch (`compat`) and registers what packaged
-configs name: `DigitsDataset` and the optimizer wrappers. A paper's `mm.py` is a backbone class and two names:
-
-    from vitreous_core.mm import BackboneAdapter, register_paper
+Importing it makes MMEngine work with current PyTorch (`compat`) and registers what packaged configs name:
+`DigitsDataset` and the optimizer wrappers. A paper's `mm.py` needs `BackboneAdapter` and `register_paper`.
 """
 
 from . import compat

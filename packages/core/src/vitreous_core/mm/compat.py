@@ -1,7 +1,7 @@
 """What MMEngine 0.10.7 and MMPretrain 1.2.0 need to work with current PyTorch, setuptools and Python.
 
 * `torch.load` refuses MMEngine's own checkpoints since PyTorch 2.6: `weights_only=True` is the default, and
-  the message hub is stored with the weights. The default stays; what such a checkpoint really holds is allowed.
+  the message hub is stored beside the weights. The default stays; what such checkpoints really hold is allowed.
 * MMEngine asks `pkg_resources` for installed packages, which setuptools 82 removed, and
   `pkgutil.find_loader`, which Python 3.14 removed.
 * Both print warnings on every run that no user can act on.
@@ -158,9 +158,7 @@ def _silence_warnings() -> None:
     ignore(message="Fail to import ``MultiScaleDeformableAttention``", category=UserWarning)
     # Invalid escapes in MMPretrain's sources, when Python first compiles them.
     for category in (SyntaxWarning, DeprecationWarning):
-        ignore(
-            message=r'(invalid escape sequence|"\\." is an invalid)', category=category, module=".*mmpretrain"
-        )
+        ignore(message=r'(invalid escape sequence|"\\." is an invalid)', category=category, module=".*mmpretrain")
     # Deprecated calls inside MMEngine.
     ignore(message=r"'pkgutil\.find_loader' is deprecated", category=DeprecationWarning)
     ignore(

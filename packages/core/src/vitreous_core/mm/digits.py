@@ -16,7 +16,7 @@ _FULL_SCALE = 16  # the scans count ink in 4x4 blocks of a 32x32 bitmap, so 0 to
 
 @DATASETS.register_module()
 class DigitsDataset(BaseDataset):
-    """1,797 hand-written digits (E. Alpaydin, C. Kaynak, UCI 1998), 8x8 pixels, as grey images of three channels.
+    """1,797 hand-written digits (Alpaydin and Kaynak, UCI 1998) of 8x8 pixels, grey in three channels.
 
     The split is stratified by class with a fixed seed: 1,437 images to train on, 360 held back.
     Pipelines start from `img` (uint8 `[8, 8, 3]`, ink is white) and need no loading step.
@@ -44,9 +44,7 @@ class DigitsDataset(BaseDataset):
         if split not in _SPLITS:
             raise ValueError(f"split must be one of {_SPLITS}; got {split!r}")
         self.split = split
-        super().__init__(
-            ann_file="", metainfo=metainfo, indices=indices, pipeline=pipeline, test_mode=test_mode
-        )
+        super().__init__(ann_file="", metainfo=metainfo, indices=indices, pipeline=pipeline, test_mode=test_mode)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Images and labels of the split, in the order of the original file."""
@@ -59,7 +57,4 @@ class DigitsDataset(BaseDataset):
         )
         chosen = np.sort(train if self.split == "train" else val)
         scans = np.rint(digits.images * (255 / _FULL_SCALE)).astype(np.uint8)
-        return [
-            {"img": np.repeat(scans[i, :, :, None], 3, axis=2), "gt_label": int(digits.target[i])}
-            for i in chosen
-        ]
+        return [{"img": np.repeat(scans[i, :, :, None], 3, axis=2), "gt_label": int(digits.target[i])} for i in chosen]

@@ -52,9 +52,7 @@ class Distillation:
         if isinstance(setting, bool):
             return cls() if setting else None
         if not isinstance(setting, Mapping):
-            raise TypeError(
-                f"distillation must be a bool or a dict of mode, alpha, tau; got {type(setting).__name__}"
-            )
+            raise TypeError(f"distillation must be a bool or a dict of mode, alpha, tau; got {type(setting).__name__}")
         if surplus := setting.keys() - {"mode", "alpha", "tau"}:
             raise ValueError(f"distillation takes mode, alpha and tau; got also {sorted(surplus)}")
         return cls(**setting)
@@ -211,9 +209,7 @@ class DistilledImageClassifier(ImageClassifier):
     def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict[str, Tensor]:
         """Losses of a batch: the head's, with the teacher's logits for the same inputs."""
         feats = self.extract_feat(inputs)
-        losses: dict[str, Tensor] = self.head.loss(
-            feats, data_samples, teacher_logits=self._teacher.logits(inputs)
-        )
+        losses: dict[str, Tensor] = self.head.loss(feats, data_samples, teacher_logits=self._teacher.logits(inputs))
         return losses
 
     def _check_same_normalization(self, teacher: nn.Module) -> None:
@@ -250,9 +246,7 @@ class _Teacher:
         scores = self.module.to(device=inputs.device, dtype=inputs.dtype)(inputs, mode="tensor")
         if not isinstance(scores, Tensor) or scores.ndim != 2:
             shown = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(
-                f"teacher must give logits [B, classes]; got {shown}. Give it a classification head"
-            )
+            raise TypeError(f"teacher must give logits [B, classes]; got {shown}. Give it a classification head")
         return scores
 
     def _build(self) -> nn.Module:

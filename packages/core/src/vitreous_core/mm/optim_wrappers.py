@@ -48,13 +48,9 @@ class _AdaptiveClipping:
         super().__init__(*args, clip_grad=None if adaptive else clip_grad, **kwargs)
         if adaptive:
             assert clip_grad is not None
-            settings = {"clip_factor": 0.01, "eps": 1e-3} | {
-                k: v for k, v in clip_grad.items() if k != "type"
-            }
+            settings = {"clip_factor": 0.01, "eps": 1e-3} | {k: v for k, v in clip_grad.items() if k != "type"}
             if surplus := settings.keys() - {"clip_factor", "eps"}:
-                raise ValueError(
-                    f"clip_grad of type 'agc' takes clip_factor and eps; got also {sorted(surplus)}"
-                )
+                raise ValueError(f"clip_grad of type 'agc' takes clip_factor and eps; got also {sorted(surplus)}")
             self.clip_func = adaptive_clip_grad_
             self.clip_grad_kwargs = settings
             self.grad_name = "agc"
