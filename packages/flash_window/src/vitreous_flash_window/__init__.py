@@ -1,0 +1,19 @@
+"""Flash Window Attention (arXiv 2501.06480): Swin V1 and V2 on window-attention operations of their own.
+
+Plain PyTorch; `import vitreous_flash_window.mm` registers the models with MMPretrain.
+"""
+
+from .attention import FlashShiftWindowMSA, FlashWindowMSA, FlashWindowMSAV2
+from .model import FlashSwinTransformer, FlashSwinTransformerV2
+from .ops import choose_backend, shifted_window_attention, window_attention
+
+__all__ = [
+    "FlashShiftWindowMSA",
+    "FlashSwinTransformer",
+    "FlashSwinTransformerV2",
+    "FlashWindowMSA",
+    "FlashWindowMSAV2",
+    "choose_backend",
+    "shifted_window_attention",
+    "window_attention",
+]
