@@ -1,0 +1,460 @@
+"""SwiftFormer XS, S, L1 and L3: backbone and classification head, in plain PyTorch.
+
+Paper: *SwiftFormer: Efficient Additive Attention for Transformer-based Real-time Mobile Vision Applications*,
+ICCV 2023, arXiv 2303.15446. Written from a description of the network; modules and parameters below the public
+classes are named as in the official checkpoints, so that a state dict reads the same here and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vitreous_core.fold import fold_conv_norm, fold_norm_conv, fold_norm_linear
+from vitreous_core.recompute import recompute
+
+from .attention import EfficientAdditiveAttention
+
+
+class SwiftFormer(nn.Module):
+    """SwiftFormer backbone: a stride-4 stem and stages of convolutional blocks that end in one attention block.
+
+    Any image size works, rectangles and single pixels too: each stride-2 step takes `r` to `(r + 1) // 2`.
+
+    Paper: arXiv 2303.15446, section 3, "SwiftFormer Architecture".
+
+    Every output goes through a batch norm of its own, named as in the official checkpoints: `norm` where the last
+    stage is the only output (classification), else `norm{2 * stage}` (dense prediction: `norm0`, `norm2`,
+    `norm4`, `norm6`). A state dict with the last stage's norm under its other name loads too.
+
+    Args:
+        arch: `"xs"`, `"s"`, `"l1"`, `"l3"`, or a dict with `channels` and `depths` (one entry per stage) and
+            optionally `mlp_ratio` (4).
+        in_channels: image channels.
+        out_indices: stages whose maps are returned, int or sequence, negative ones count from the end.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with their norms.
+        norm_eval: keep batch norms in evaluation mode while training.
+        with_cp: recompute the blocks in the backward pass to save memory; results are unchanged.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 and applied to every residual
+            branch (officially only to those of the attention blocks); the paper uses none.
+
+    Raises:
+        TypeError: for an `arch` or `out_indices` of another type.
+        ValueError: for an unknown architecture or a value out of range.
+    """
+
+    arch_settings: ClassVar[dict[str, dict[str, Any]]] = {
+        "xs": {"channels": (48, 56, 112, 220), "depths": (3, 3, 6, 4)},
+        "s": {"channels": (48, 64, 168, 224), "depths": (3, 3, 9, 6)},
+        "l1": {"channels": (48, 96, 192, 384), "depths": (4, 3, 10, 5)},
+        "l3": {"channels": (64, 128, 320, 512), "depths": (4, 4, 12, 6)},
+    }
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "xs",
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = -1,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        arch = _checked_arch(arch, self.arch_settings)
+        self.channels: tuple[int, ...] = tuple(arch["channels"])
+        self.depths: tuple[int, ...] = tuple(arch["depths"])
+        stages = len(self.depths)
+        if not -1 <= frozen_stages <= stages:
+            raise ValueError(f"frozen_stages must lie in -1..{stages}; got {frozen_stages}")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must lie in [0, 1); got {drop_path_rate}")
+        self.in_channels = in_channels
+        self.out_indices = _checked_out_indices(out_indices, stages)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        self.deploy = False
+
+        self.patch_embed = _stem(in_channels, self.channels[0])
+        rates = torch.linspace(0, drop_path_rate, sum(self.depths)).split(self.depths)
+        self.network = nn.ModuleList()
+        for stage, (channels, stage_rates) in enumerate(zip(self.channels, rates, strict=True)):
+            if stage > 0:
+                self.network.append(Downsample(self.channels[stage - 1], channels))
+            self.network.append(_stage(channels, arch.get("mlp_ratio", 4), stage_rates.tolist()))
+        for stage in self.out_indices:
+            self.add_module(self._norm_name(stage), nn.BatchNorm2d(self.channels[stage]))
+        self.register_load_state_dict_pre_hook(_rename_last_norm)
+        self.apply(_init_weights)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps of the stages in `out_indices`.
+
+        Args:
+            x: `[B, in_channels, height, width]`.
+
+        Returns:
+            Normalised NCHW maps in stage order, of stride `4 * 2**stage` (rounded up) and `channels[stage]`
+            channels.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
+            raise ValueError(f"x must be images [B, {self.in_channels}, height, width]; got {tuple(x.shape)}")
+        x = self.patch_embed(x)
+        outputs = []
+        for index, module in enumerate(self.network[: 2 * self.out_indices[-1] + 1]):
+            if index % 2:  # the odd entries downsample between the stages
+                x = module(x)
+                continue
+            for block in module:
+                x = recompute(block, x) if self.with_cp and torch.is_grad_enabled() else block(x)
+            if index // 2 in self.out_indices:
+                outputs.append(self.get_submodule(self._norm_name(index // 2))(x))
+        return tuple(outputs)
+
+    def train(self, mode: bool = True) -> SwiftFormer:
+        """Set the mode; frozen stages, and all batch norms under `norm_eval`, stay in evaluation mode.
+
+        Raises:
+            RuntimeError: for training mode after `switch_to_deploy`.
+        """
+        _check_trainable(self.deploy, mode)
+        super().train(mode)
+        self._freeze()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Fold the batch norms and layer scales into their neighbours, in place, for inference only.
+
+        The norms of the outputs stay: what they follow is a sum, not a linear map. `SwiftFormerHead` can take
+        over the last one. State dicts lose the folded entries, so load weights before. A second call changes
+        nothing.
+
+        Numerics: computed in fp64 and rounded once to the model's dtype; device and dtype stay.
+
+        Raises:
+            RuntimeError: in training mode, where batch norms are no fixed maps.
+        """
+        if self.deploy:
+            return
+        _check_evaluating(self)
+        _fold_pairs(self.patch_embed)
+        for module in self.network.modules():
+            if isinstance(module, ConvEncoder | SwiftFormerEncoder | Mlp | Downsample):
+                module.fold()
+        self.requires_grad_(False)
+        self.deploy = True
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning rates: stem 0, each block one, everything else last.
+
+        A downsampling counts with the first block after it.
+
+        Args:
+            param_name: full name of the parameter.
+            prefix: what stands before the backbone's own names, e.g. `"backbone."`.
+
+        Returns:
+            The depth and the number of depths.
+        """
+        last = sum(self.depths) + 1
+        parts = param_name.removeprefix(prefix).split(".")
+        if not param_name.startswith(prefix) or parts[0] not in ("patch_embed", "network"):
+            return last, last + 1
+        if parts[0] == "patch_embed":
+            return 0, last + 1
+        index = int(parts[1])
+        stage = (index + 1) // 2
+        block = 0 if index % 2 else int(parts[2])
+        return 1 + sum(self.depths[:stage]) + block, last + 1
+
+    def _norm_name(self, stage: int) -> str:
+        return "norm" if self.out_indices == (len(self.depths) - 1,) else f"norm{2 * stage}"
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [self.patch_embed, *self.network[: max(2 * self.frozen_stages - 1, 0)]]
+        frozen += [
+            self.get_submodule(self._norm_name(stage)) for stage in self.out_indices if stage < self.frozen_stages
+        ]
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+
+class SwiftFormerHead(nn.Module):
+    """Global average pool and one linear classifier, or two of them for distillation.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: channels of the last map.
+        distillation: add `dist_head`, the classifier that learns from a teacher.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, distillation: bool = False) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be positive; got {num_classes}")
+        self.num_classes = num_classes
+        self.deploy = False
+        self.head = nn.Linear(in_channels, num_classes)
+        self.dist_head = nn.Linear(in_channels, num_classes) if distillation else None
+        self.apply(_init_weights)
+
+    def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
+        """Spatial mean `[B, C]` of the last of the backbone's maps."""
+        return feats[-1].mean(dim=(2, 3))
+
+    def scores(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits `[B, num_classes]` of each classifier, the one that learns from labels first."""
+        pooled = self.pre_logits(feats)
+        if self.dist_head is None:
+            return (self.head(pooled),)
+        return self.head(pooled), self.dist_head(pooled)
+
+    def forward(self, feats: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Logits `[B, num_classes]`; of two classifiers the pair while training, the mean in evaluation."""
+        scores = self.scores(feats)
+        if len(scores) == 1:
+            return scores[0]
+        return scores if self.training else (scores[0] + scores[1]) / 2
+
+    def train(self, mode: bool = True) -> SwiftFormerHead:
+        """Set the mode.
+
+        Raises:
+            RuntimeError: for training mode after `switch_to_deploy`.
+        """
+        _check_trainable(self.deploy, mode)
+        super().train(mode)
+        return self
+
+    @torch.no_grad()
+    def switch_to_deploy(self, backbone: SwiftFormer | None = None) -> None:
+        """Fold two classifiers into their mean, in place, for inference only. A second call changes nothing.
+
+        Args:
+            backbone: deploy it too and take over the norm of its last map, which commutes with the mean over
+                positions. Only the logits are the same then: the backbone's own last map is unnormalised.
+
+        Raises:
+            RuntimeError: in training mode.
+            ValueError: for a backbone that does not give the last stage's map.
+        """
+        if not self.deploy:
+            _check_evaluating(self)
+            if self.dist_head is not None:
+                for mine, other in zip(self.head.parameters(), self.dist_head.parameters(), strict=True):
+                    mine.copy_((mine.double() + other.double()) / 2)
+            self.dist_head = None
+            self.requires_grad_(False)
+            self.deploy = True
+        if backbone is not None:
+            self._absorb_last_norm(backbone)
+
+    def _absorb_last_norm(self, backbone: SwiftFormer) -> None:
+        last = backbone.out_indices[-1]
+        name = backbone._norm_name(last)
+        backbone.switch_to_deploy()
+        norm = backbone.get_submodule(name)
+        if isinstance(norm, _BatchNorm):
+            self.head = fold_norm_linear(norm, self.head).requires_grad_(False)
+            setattr(backbone, name, nn.Identity())
+
+
+class ConvEncoder(nn.Module):
+    """`x + layer_scale * pwconv2(gelu(pwconv1(norm(dwconv(x)))))`, with `hidden` channels in the middle.
+
+    Also, with as many hidden channels as it has, the local representation of a `SwiftFormerEncoder`.
+    """
+
+    def __init__(self, channels: int, hidden: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.layer_scale: nn.Parameter | None = nn.Parameter(torch.ones(channels, 1, 1))
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
+        self.pwconv1 = nn.Conv2d(channels, hidden, kernel_size=1)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Conv2d(hidden, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
+        return _add_branch(self, x, branch, self.layer_scale)
+
+    def fold(self) -> None:
+        """Norm into the depthwise convolution before it, layer scale into `pwconv2`."""
+        self.dwconv, self.norm = fold_conv_norm(self.dwconv, self.norm), nn.Identity()
+        _scale_outputs(self.pwconv2, self.layer_scale)
+        self.layer_scale = None
+
+
+class SwiftFormerEncoder(nn.Module):
+    """Local representation, additive attention over all positions, and an MLP, each with a residual."""
+
+    def __init__(self, channels: int, hidden: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.layer_scale_1: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
+        self.layer_scale_2: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
+        self.local_representation = ConvEncoder(channels, channels, drop_path)
+        self.attn = EfficientAdditiveAttention(channels)
+        self.linear = Mlp(channels, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.local_representation(x)
+        mixed = self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+        x = _add_branch(self, x, mixed, self.layer_scale_1)
+        return _add_branch(self, x, self.linear(x), self.layer_scale_2)
+
+    def fold(self) -> None:
+        """Layer scales into the last linear maps of the attention and of the MLP."""
+        _scale_outputs(self.attn.final, self.layer_scale_1)
+        _scale_outputs(self.linear.fc2, self.layer_scale_2)
+        self.layer_scale_1 = self.layer_scale_2 = None
+
+
+class Mlp(nn.Module):
+    """Batch norm and two 1x1 convolutions with a GELU between."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1: nn.Module = nn.BatchNorm2d(channels)
+        self.fc1 = nn.Conv2d(channels, hidden, kernel_size=1)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(self.norm1(x))))
+
+    def fold(self) -> None:
+        """Norm into the 1x1 convolution after it, which has no border to see the shift."""
+        self.fc1, self.norm1 = fold_norm_conv(self.norm1, self.fc1), nn.Identity()
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2 and batch norm, between two stages."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
+        self.norm: nn.Module = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+    def fold(self) -> None:
+        """Norm into the convolution before it."""
+        self.proj, self.norm = fold_conv_norm(self.proj, self.norm), nn.Identity()
+
+
+def _stem(in_channels: int, channels: int) -> nn.Sequential:
+    half = channels // 2
+    return nn.Sequential(
+        nn.Conv2d(in_channels, half, kernel_size=3, stride=2, padding=1),
+        nn.BatchNorm2d(half),
+        nn.ReLU(),
+        nn.Conv2d(half, channels, kernel_size=3, stride=2, padding=1),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+    )
+
+
+def _stage(channels: int, mlp_ratio: float, drop_path_rates: Sequence[float]) -> nn.Sequential:
+    hidden = int(mlp_ratio * channels)
+    *before, last = drop_path_rates
+    blocks: list[nn.Module] = [ConvEncoder(channels, hidden, rate) for rate in before]
+    return nn.Sequential(*blocks, SwiftFormerEncoder(channels, hidden, last))
+
+
+def _add_branch(block: ConvEncoder | SwiftFormerEncoder, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """`x + scale * branch`, the branch dropped per image with probability `block.drop_path` while training."""
+    if scale is not None:
+        branch = scale * branch
+    if block.training and block.drop_path > 0.0:
+        keep = 1.0 - block.drop_path
+        branch = branch * (branch.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep) / keep)
+    return x + branch
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _fold_pairs(layers: nn.Sequential) -> None:
+    for index, norm in enumerate(layers):
+        if isinstance(norm, _BatchNorm):
+            layers[index - 1], layers[index] = fold_conv_norm(layers[index - 1], norm), nn.Identity()
+
+
+def _scale_outputs(layer: nn.Conv2d | nn.Linear, scale: Tensor) -> None:
+    rows = scale.double().flatten()
+    layer.weight.copy_(layer.weight.double() * rows.reshape(-1, *(1,) * (layer.weight.ndim - 1)))
+    layer.bias.copy_(layer.bias.double() * rows)
+
+
+def _rename_last_norm(module: SwiftFormer, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    last = len(module.depths) - 1
+    names = ["norm", f"norm{2 * last}"]
+    if last not in module.out_indices:
+        return
+    own = module._norm_name(last)
+    names.remove(own)
+    mine, other = f"{prefix}{own}.", f"{prefix}{names[0]}."
+    if not any(key.startswith(mine) for key in state_dict):
+        for key in [key for key in state_dict if key.startswith(other)]:
+            state_dict[mine + key.removeprefix(other)] = state_dict.pop(key)
+
+
+def _check_evaluating(module: nn.Module) -> None:
+    if module.training:
+        raise RuntimeError("switch_to_deploy folds running statistics and needs evaluation mode; call eval() first")
+
+
+def _check_trainable(deploy: bool, mode: bool) -> None:
+    if deploy and mode:
+        raise RuntimeError(
+            "this model is switched to deploy and cannot train; build a new one and load the original weights"
+        )
+
+
+def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if isinstance(arch, str):
+        if arch.lower() not in settings:
+            raise ValueError(f"arch must be one of {list(settings)} or a dict; got {arch!r}")
+        return settings[arch.lower()]
+    if not isinstance(arch, Mapping):
+        raise TypeError(f"arch must be a name or a dict; got {type(arch).__name__}")
+    if not {"channels", "depths"} <= set(arch) <= {"channels", "depths", "mlp_ratio"}:
+        raise ValueError(f"arch needs channels and depths and may have mlp_ratio; got {sorted(arch)}")
+    channels, depths = arch["channels"], arch["depths"]
+    if len(channels) != len(depths) or not depths or min(depths) < 1 or min(channels) < 2:
+        raise ValueError(
+            "arch must give every stage at least 2 channels and a depth of at least 1; "
+            f"got channels {tuple(channels)}, depths {tuple(depths)}"
+        )
+    return arch
+
+
+def _checked_out_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    if not indices or not all(isinstance(index, int) for index in indices):
+        raise TypeError(f"out_indices must be an int or a sequence of ints; got {out_indices!r}")
+    if any(not -stages <= index < stages for index in indices):
+        raise ValueError(f"out_indices must lie in {-stages}..{stages - 1}; got {out_indices}")
+    return tuple(sorted({index % stages for index in indices}))
