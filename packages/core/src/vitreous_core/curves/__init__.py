@@ -79,15 +79,19 @@ def tile_order(height: int, width: int, tile: tuple[int, int]) -> Order:
 
     Args:
         height, width: sides of the image, at least 1.
-        tile: rows and columns of a tile, each at least 1.
+        tile: rows and columns of a tile, each at least 1; larger than the image means all of it.
 
     Returns and Raises: as `hilbert_order`.
     """
     height, width = _check_sides(height, width)
     rows, columns = tile
-    rows, columns = _check_side("tile rows", rows), _check_side("tile columns", columns)
-    y, x = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
-    return np.lexsort((x, y, x // columns, y // rows)).astype(np.int32)
+    rows, columns = min(_check_side("tile rows", rows), height), min(_check_side("tile columns", columns), width)
+    # Pad to whole tiles, put the tiles in line, drop the padding.
+    tiles_down, tiles_across = -(-height // rows), -(-width // columns)
+    cells = np.full((tiles_down * rows, tiles_across * columns), -1, dtype=np.int32)
+    cells[:height, :width] = np.arange(height * width, dtype=np.int32).reshape(height, width)
+    line = cells.reshape(tiles_down, rows, tiles_across, columns).swapaxes(1, 2).ravel()
+    return line[line >= 0]
 
 
 def inverse_order(order: Order) -> Order:
@@ -100,9 +104,10 @@ def inverse_order(order: Order) -> Order:
         int32 `[height * width]`.
 
     Raises:
-        ValueError: when `order` is no permutation of `0 .. len(order) - 1`.
+        TypeError: when `order` is no integer array.
+        ValueError: when it is no permutation of `0 .. len(order) - 1`.
     """
-    order = check_order(order, len(order))
+    order = check_order(order, np.size(order))
     inverse = np.empty(len(order), dtype=np.int32)
     inverse[order] = np.arange(len(order), dtype=np.int32)
     return inverse
@@ -119,9 +124,7 @@ def check_order(order: object, length: int) -> Order:
     if array.dtype.kind not in "iu":
         raise TypeError(f"order must be an integer array; got dtype {array.dtype}")
     if array.shape != (length,):
-        raise ValueError(
-            f"order must have shape ({length},), one entry per token (height * width); got {array.shape}"
-        )
+        raise ValueError(f"order must have shape ({length},), one entry per token (height * width); got {array.shape}")
     if not _numba.is_permutation(array.astype(np.int64)):
         raise ValueError(
             f"order must be a permutation of 0..{length - 1}; got repeated or out-of-range entries. "
