@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vitreous_core import curves
 from vitreous_core.curves import _reference
 from vitreous_core.testing.golden import golden_path
@@ -88,7 +89,7 @@ def test_hilbert_starts_at_the_origin_and_ends_across_the_longer_side(sides: tup
     assert order[0] == 0
     far_end = (0, width - 1) if width >= height else (height - 1, 0)
     if min(sides) == 2 and max(sides) % 2 == 1:
-        edge = 1 if width >= height else 0
+        edge = 0 if width >= height else 1
         assert last[edge] == far_end[edge]
     else:
         assert last == far_end
