@@ -146,14 +146,16 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation strictly into site/ (`-- serve` shows it while you write)."""
     prepare(session, [], groups=["docs"])
-    python(session, "-m", "mkdocs", *(session.posargs or ["build", "--strict", "--quiet"]))
+    # The theme advertises its successor on every run otherwise.
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    python(session, "-m", "mkdocs", *(session.posargs or ["build", "--strict", "--quiet"]), env=env)
 
 
 @nox.session(default=False)
 def tables(session: nox.Session) -> None:
     """Render the tables of README.md and docs/results/ from the recorded runs and the claims."""
-    prepare(session, [], groups=["docs"])
-    python(session, ROOT / "docs" / "tables.py")
+    prepare(session, MEMBERS)
+    python(session, ROOT / "docs" / "tables.py", *session.posargs)
 
 
 @nox.session(default=False)
@@ -196,9 +198,10 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 
 def source_path(members: Iterable[str]) -> str:
-    """A PYTHONPATH that finds the members' sources, in front of what is on it already."""
+    """A PYTHONPATH with the sources of these members and of no others, in front of what else is on it."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join([*(str(ROOT / "packages" / member / "src") for member in members), *filter(None, given)])
+    others = [path for path in given if path and not Path(path).resolve().is_relative_to(ROOT / "packages")]
+    return os.pathsep.join([*(str(ROOT / "packages" / member / "src") for member in members), *others])
 
 
 def python(session: nox.Session, *arguments: str | Path, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
 from vitreous_core.papers import Paper, papers
 
 PAPERS = {paper.name: paper for paper in papers()}

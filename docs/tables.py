@@ -1,0 +1,179 @@
+"""Render README.md's table and the pages of docs/results/ from what is recorded there. Run by `nox -s tables`.
+
+With `--check` nothing is written: it fails where the committed text differs from what would be rendered.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitreous_core import curves, patterns
+from vitreous_core.papers import papers
+from vitreous_core.zoo import ModelCard, models
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+VERDICTS = ("holds", "holds in part", "does not hold", "not run here")
+UNTRIED = VERDICTS[-1]
+MADE_BY = "<!-- Rendered by `nox -s tables`. -->\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write every rendered file, or with `--check` compare them; the exit code counts the differences."""
+    claims = yaml.safe_load((RESULTS / "claims.yml").read_text(encoding="utf-8"))
+    readme = ROOT / "README.md"
+    rendered = {
+        RESULTS / "claims.md": claims_page(claims),
+        RESULTS / "runs.md": runs_page(),
+        readme: between_markers(readme.read_text(encoding="utf-8"), glance_table(claims)),
+    }
+    stale = [path for path, text in rendered.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if "--check" in arguments:
+            print(f"{path.relative_to(ROOT)} is not what the files give: run `nox -s tables`")
+        else:
+            path.write_text(rendered[path], encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+    return len(stale) if "--check" in arguments else 0
+
+
+def claims_page(claims: Iterable[dict[str, Any]]) -> str:
+    """docs/results/claims.md: one table a paper."""
+    parts = [
+        MADE_BY,
+        "# Claims\n",
+        "```bash\nnox -s tables      # renders this page from claims.yml and the recorded results\n```\n",
+        'What each paper claims, *quoted*, and what we found. "Not run here" means that nobody has run it with this '
+        "code yet: most of these claims need ImageNet, a phone or another GPU.\n",
+    ]
+    for paper in claims:
+        rows = [
+            [
+                entry["claim"],
+                f"*{entry['quoted']}*",
+                entry["source"],
+                our_figure(entry.get("ours")),
+                hardware(entry.get("ours")),
+                verdict(entry),
+                entry.get("note", ""),
+            ]
+            for entry in paper["claims"]
+        ]
+        header = ["claim", "quoted", "where", "ours", "hardware", "verdict", "note"]
+        parts += [f"## {paper['title']}\n", table(header, rows)]
+    return "\n".join(parts)
+
+
+def our_figure(origin: dict[str, Any] | None) -> str:
+    """The figure that `ours` of a claim points to; see the head of claims.yml."""
+    match origin:
+        case None:
+            return "–"
+        case {"metafile": name, "field": "Parameters"}:
+            return f"{imagenet_model(name).parameters:,}"
+        case {"metafile": name, "field": "FLOPs"}:
+            return f"{imagenet_model(name).macs:,}"
+        case {"empty_blocks": sides, "image": [height, width], "block": block}:
+            shares = [empty_share(*side, height=height, width=width, block=block) for side in sides]
+            return " → ".join(f"{100 * share:.1f} %" for share in shares)
+        case _:
+            raise ValueError(f"`ours` must be one of the forms that the head of claims.yml lists; got {origin}")
+
+
+def hardware(origin: dict[str, Any] | None) -> str:
+    """What our figure was found on: counts and layouts are the same on any machine."""
+    return "–" if origin is None else "any (counted)"
+
+
+def verdict(entry: dict[str, Any]) -> str:
+    """The verdict of a claim, which a figure must back."""
+    given = entry.get("verdict", UNTRIED)
+    if given not in VERDICTS:
+        raise ValueError(f"verdict must be one of {VERDICTS}; got {given!r} for {entry['claim']!r}")
+    if (given == UNTRIED) != ("ours" not in entry):
+        raise ValueError(f"a verdict needs a figure of ours and a figure a verdict: {entry['claim']!r}")
+    return given
+
+
+def imagenet_model(name: str) -> ModelCard:
+    """The packaged model of that name, or the one 1,000-class config of that variant."""
+    found = [card for card in models() if name in (card.name, card.name.split("_")[0]) and "_in1k" in card.name]
+    if len(found) != 1:
+        raise ValueError(f"{name!r} must name one ImageNet-1k config; it fits {[card.name for card in found]}")
+    return found[0]
+
+
+def empty_share(pattern: str, options: dict[str, Any], order: str, *, height: int, width: int, block: int) -> float:
+    """Share of the block pairs in which no token sees any other."""
+    token_order = getattr(curves, f"{order}_order")(height, width)
+    layout = getattr(patterns, pattern)(**options).layout(
+        height, width, token_order, query_block=block, key_block=block
+    )
+    return layout.block_ratios[0]
+
+
+def recorded_runs() -> list[dict[str, Any]]:
+    """What `nox -s reproduce` wrote, oldest first within each config."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("repro/*/*/*/run.json"))]
+
+
+def runs_page() -> str:
+    """docs/results/runs.md: every training recorded by `nox -s reproduce`."""
+    rows = [
+        [
+            run["paper"],
+            run["config"],
+            f"{run['top1']:.2f}",
+            str(run["epochs"]),
+            f"{run['seconds']:.0f}",
+            str(run["seed"]),
+            run["machine"],
+            run["commit"],
+        ]
+        for run in recorded_runs()
+    ]
+    header = ["paper", "config", "top-1 %", "epochs", "seconds", "seed", "machine", "commit"]
+    body = table(header, rows) if rows else "No run is recorded yet.\n"
+    lead = "Trainings *trained here*, each with its resolved config and metrics beside it in docs/results/repro.\n"
+    command = '```bash\nnox -s "reproduce(swiftformer)"      # adds rows; nox -s tables renders them\n```\n'
+    return "\n".join([MADE_BY, "# Runs\n", command, lead, body])
+
+
+def glance_table(claims: Iterable[dict[str, Any]]) -> str:
+    """README.md's table: one row a paper."""
+    best: dict[str, float] = {}
+    for run in recorded_runs():
+        if run["config"].endswith("_digits"):
+            best[run["paper"]] = max(run["top1"], best.get(run["paper"], 0.0))
+    claims_of = {paper["paper"]: Counter(verdict(entry) for entry in paper["claims"]) for paper in claims}
+    rows = []
+    for paper in papers():
+        counted = claims_of.get(paper.name, Counter())
+        variants = {card.name.split("_")[0] for card in models() if card.paper == paper and not card.is_digits}
+        digits = f"{best[paper.name]:.1f} %" if paper.name in best else "no run recorded"
+        card = f"[{paper.name}](packages/{paper.name}/README.md)"
+        rows.append([card, str(len(variants)), *(str(counted[given]) for given in VERDICTS), digits])
+    return table(["paper", "variants", *(f"claims: {given}" for given in VERDICTS), "digits top-1, trained here"], rows)
+
+
+def between_markers(text: str, content: str) -> str:
+    """`text` with what stands between the result markers replaced."""
+    start, end = "<!-- results:start -->\n", "<!-- results:end -->"
+    return text[: text.index(start) + len(start)] + "\n" + content + "\n" + text[text.index(end) :]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
