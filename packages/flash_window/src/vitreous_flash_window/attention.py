@@ -18,7 +18,13 @@ from torch.nn import functional as F
 
 from .layers import LayerConfig, build_dropout, pair
 from .ops import Backend, shifted_window_attention, window_attention
-from .ops.reference import MAX_LOGIT_SCALE, NORM_EPS, accumulation_dtype, relative_position_index
+from .ops.reference import (
+    MAX_LOGIT_SCALE,
+    NORM_EPS,
+    accumulation_dtype,
+    relative_position_index,
+    without_autocast,
+)
 
 _INIT_STD = 0.02
 
@@ -227,7 +233,7 @@ class FlashWindowMSAV2(_WindowAttention):
 
     def bias_table(self) -> Tensor:
         # Outside autocast: at its size of up to 16, a bias rounded to bfloat16 is off by up to 1/32.
-        with torch.autocast(self.relative_coords_table.device.type, enabled=False):
+        with without_autocast(self.relative_coords_table):
             table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
             return 16 * torch.sigmoid(table)
 
@@ -237,7 +243,7 @@ class FlashWindowMSAV2(_WindowAttention):
         query, key, value = self._split(x)
         dtype = accumulation_dtype(query.dtype)
         # Scores reach 100 + 16, so unit vectors rounded to a low dtype would not do: the operation gets the wide one.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             factor = self.logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
             query = F.normalize(query.to(dtype), dim=-1, eps=NORM_EPS) * factor
             key = F.normalize(key.to(dtype), dim=-1, eps=NORM_EPS)

@@ -30,6 +30,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which autocast does not take promoted operands back to the low dtype."""
+    kind = tensor.device.type
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
+
+
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -42,7 +49,7 @@ def window_attention(
 ) -> Tensor:
     """See `ops.window_attention`, which has checked the arguments."""
     dtype = accumulation_dtype(query.dtype)
-    with _without_autocast(query):
+    with without_autocast(query):
         scores = (query.to(dtype) * scale) @ key.to(dtype).mT  # [B*W, H, N, N]
         if bias is not None:
             scores = scores + bias.to(dtype)
@@ -71,7 +78,7 @@ def shifted_window_attention(
     """See `ops.shifted_window_attention`, which has checked the arguments."""
     _, height, width, _ = qkv.shape
     dtype = accumulation_dtype(qkv.dtype)
-    with _without_autocast(qkv):
+    with without_autocast(qkv):
         image = _pad(qkv, pad_qkv, window_size)
         _, padded_height, padded_width, _ = image.shape
         if shift_size > 0:
@@ -140,13 +147,6 @@ def region_penalty(
     region = region.reshape(-1, window_size**2)
     apart = region[:, :, None] != region[:, None, :]
     return apart.to(dtype) * REGION_PENALTY
-
-
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    # Autocast would take the promoted operands of the products back to the low dtype.
-    kind = tensor.device.type
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
 
 
 def _add_mask(scores: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,12 @@
+# Swin V2 on the digits: 8 x 8 tokens, one per pixel of the scan, then 4 x 4; windows of 4 x 4, one block shifted.
+_base_ = ['../_base_/models/flash_swin_v2.py', '../_base_/digits.py', '../_base_/default_runtime.py']
+
+model = dict(
+    backbone=dict(
+        arch=dict(_delete_=True, embed_dims=32, depths=[2, 2], num_heads=[2, 4], extra_norm_every_n_blocks=0),
+        img_size=32,
+        window_size=4,
+        drop_path_rate=0.1,
+    ),
+    head=dict(num_classes=10, in_channels=64),
+)
