@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def find_paper(name: str) -> Paper:
     if paper is None:
         raise UserError(f"no paper is named {name!r}; here are: {', '.join(known) or 'none'}")
     return paper
+
+
+def read_card(paper: Paper) -> str:
+    """The paper's model card: its package's README, from the source tree or from the installed distribution."""
+    source = paper.root.parents[1] / "README.md"
+    if source.is_file():
+        return source.read_text(encoding="utf-8")
+    return str(metadata(paper.package.replace("_", "-")).get_payload())
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

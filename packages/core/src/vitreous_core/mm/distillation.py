@@ -173,7 +173,8 @@ class DistilledImageClassifier(ImageClassifier):
 
     Args:
         backbone, head, and `**kwargs`: as in `ImageClassifier`; the head has `distillation` switched on.
-        teacher: any MMPretrain classifier config, or a model name for `mmpretrain.get_model`.
+        teacher: any MMPretrain classifier config, a model name for `mmpretrain.get_model`, or None to train on
+            the labels alone (the way to drop the teacher of a config: `--cfg-options model.teacher=None`).
         teacher_checkpoint: file or URL, loaded strictly. Without it a named teacher takes the weights that
             its model index names, and a config brings its own (`init_cfg`, or `pretrained` of timm).
     """
@@ -182,34 +183,36 @@ class DistilledImageClassifier(ImageClassifier):
         self,
         backbone: dict[str, Any] | nn.Module,
         head: dict[str, Any] | nn.Module,
-        teacher: dict[str, Any] | str,
+        teacher: dict[str, Any] | str | None,
         teacher_checkpoint: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(teacher, (str, Mapping)):
-            raise TypeError(f"teacher must be a model config or a model name; got {type(teacher).__name__}")
+        if not isinstance(teacher, (str, Mapping, type(None))):
+            raise TypeError(f"teacher must be a model config, a model name or None; got {type(teacher).__name__}")
         super().__init__(backbone=backbone, head=head, **kwargs)
-        if not getattr(self.head, "distillation", None):
+        if teacher is not None and not getattr(self.head, "distillation", None):
             raise ValueError(
                 "head must have distillation switched on to learn from a teacher; got "
                 f"{type(self.head).__name__} with distillation=False"
             )
-        self._teacher = _Teacher(teacher, teacher_checkpoint)
+        self._teacher = None if teacher is None else _Teacher(teacher, teacher_checkpoint)
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> nn.Module | None:
         """The frozen teacher; built at the first access."""
-        return self._teacher.module
+        return None if self._teacher is None else self._teacher.module
 
     def init_weights(self) -> None:
         """As always, and build the teacher, so that a missing checkpoint shows before the first step."""
         super().init_weights()
-        self._check_same_normalization(self._teacher.module)
+        if self._teacher is not None:
+            self._check_same_normalization(self._teacher.module)
 
     def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict[str, Tensor]:
         """Losses of a batch: the head's, with the teacher's logits for the same inputs."""
         feats = self.extract_feat(inputs)
-        losses: dict[str, Tensor] = self.head.loss(feats, data_samples, teacher_logits=self._teacher.logits(inputs))
+        given = {} if self._teacher is None else {"teacher_logits": self._teacher.logits(inputs)}
+        losses: dict[str, Tensor] = self.head.loss(feats, data_samples, **given)
         return losses
 
     def _check_same_normalization(self, teacher: nn.Module) -> None:

@@ -130,7 +130,7 @@ def train(
     return _result(folder, epochs=runner.epoch, seconds=seconds, best=best, was_finished=False)
 
 
-def test(
+def evaluate(
     config: Config,
     checkpoint: str | Path,
     *,
@@ -206,13 +206,18 @@ def _prepare(config: Config, work_dir: str | Path | None, launcher: str) -> tupl
         raise UserError(f"--launcher {launcher} needs GPUs, and PyTorch finds none here; leave it out")
     config = config.copy()
     config.launcher = launcher
-    config.work_dir = str(work_dir or config.get("work_dir") or Path("work_dirs") / _stem(config))
+    config.work_dir = str(find_work_dir(config, work_dir))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) is not None:
             config[name].setdefault("pin_memory", torch.cuda.is_available())
             config[name].setdefault("persistent_workers", config[name].get("num_workers", 0) > 0)
-            config[name].setdefault("collate_fn", dict(type="default_collate"))
+            config[name].setdefault("collate_fn", {"type": "default_collate"})
     return config, Path(config.work_dir)
+
+
+def find_work_dir(config: Config, work_dir: str | Path | None = None) -> Path:
+    """Where a run of this config goes: the given folder, else the config's own, else `work_dirs/<config name>`."""
+    return Path(work_dir or config.get("work_dir") or Path("work_dirs") / _stem(config))
 
 
 def _stem(config: Config) -> str:

@@ -1,0 +1,104 @@
+"""Models built from configs: their size, their cost, and what they say about images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config
+from mmpretrain import ImageClassificationInferencer, get_model
+from torch import nn
+
+from ..errors import UserError
+from .checkpoints import load_weights
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best classes of one image.
+
+    Args:
+        labels: class indices, best first.
+        names: their names, empty when the config knows none.
+        scores: their probabilities.
+    """
+
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+def build_model(config: Config, checkpoint: str | Path | None = None, device: Any = None) -> nn.Module:
+    """The config's classifier in evaluation mode, with a checkpoint's weights if one is given.
+
+    Raises:
+        CheckpointError, vitreous_core.errors.StateMismatch: when the checkpoint is broken or does not fit.
+    """
+    model = get_model(config, device=device)
+    if checkpoint is not None:
+        meta = load_weights(model, checkpoint)
+        if meta.get("dataset_meta"):
+            model._dataset_meta = meta["dataset_meta"]
+    return model
+
+
+def input_size(config: Config) -> tuple[int, int]:
+    """(height, width) of the images that the config's test pipeline makes.
+
+    Raises:
+        UserError: when no transform of the pipeline fixes a size.
+    """
+    for transform in reversed(config.test_dataloader.dataset.pipeline):
+        match transform.type:
+            case "CenterCrop" | "RandomCrop":
+                size = transform.crop_size
+            case "Resize":
+                size = transform.scale
+            case _:
+                continue
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    raise UserError("the config's test pipeline must end in a CenterCrop or a Resize of fixed size")
+
+
+def complexity(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """Trainable parameters and multiply-accumulate operations for one image of `(height, width)`."""
+    counts = get_model_complexity_info(model, input_shape=(3, *size), show_table=False, show_arch=False)
+    return sum(parameter.numel() for parameter in model.parameters()), int(counts["flops"])
+
+
+def predict(model: nn.Module, images: Sequence[str | Path], top: int = 5) -> list[Prediction]:
+    """The best classes of image files, through the test pipeline of the model's config.
+
+    Args:
+        model: from `build_model`.
+        images: paths of image files.
+        top: how many classes to report; fewer when the model has fewer.
+
+    Raises:
+        UserError: when a file is missing or is no image.
+    """
+    inferencer = ImageClassificationInferencer(model)
+    arrays = [_read_image(Path(image).expanduser()) for image in images]
+    names = inferencer.classes
+    predictions = []
+    for result in inferencer(arrays):
+        scores = torch.from_numpy(result["pred_scores"])
+        best, labels = (values.tolist() for values in scores.topk(min(top, len(scores))))
+        known = tuple(names[label] for label in labels) if names is not None else ()
+        predictions.append(Prediction(tuple(labels), known, tuple(best)))
+    return predictions
+
+
+def _read_image(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"no image is at {path}")
+    image = mmcv.imread(str(path))
+    if image is None:
+        raise UserError(f"{path} is no image that can be read (PNG, JPEG and other formats of OpenCV can)")
+    return image

@@ -1,0 +1,214 @@
+"""Pictures of token orders, attention patterns and training runs (matplotlib, no window system needed)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from .curves import Order, inverse_order
+from .layout import BlockLayout
+from .patterns import Pattern
+
+INK, MUTED, PAPER = "#1f2933", "#7b8794", "#f1f4f8"
+BLUE, LIGHT_BLUE = "#1f6feb", "#a9ccf7"
+ORANGE, LIGHT_ORANGE = "#e8710a", "#f9c79b"
+SERIES = (BLUE, ORANGE, "#1a936f", "#8e44ad", "#c0392b", "#7f6a00")
+_LARGEST_CURVE = 512 * 512
+_LARGEST_MASK = 4096
+_MOST_GRID_LINES = 32
+_SIDE = 4.6  # inches
+
+
+def draw_curve(order: Order, height: int, width: int, *, title: str) -> Figure:
+    """The path of a token order over the image, coloured from its first cell (dark) to its last (light).
+
+    Raises:
+        ValueError: when the image has too many cells to be told apart.
+    """
+    if height * width > _LARGEST_CURVE:
+        raise ValueError(f"size must have at most {_LARGEST_CURVE} cells to be drawn; got {height} x {width}")
+    figure, (axes,) = _figure([_image_size(height, width)])
+    rows, columns = np.divmod(np.asarray(order), width)
+    points = np.stack([columns, rows], axis=1)
+    segments = np.stack([points[:-1], points[1:]], axis=1)
+    cell = _SIDE * 72 / max(height, width)  # points
+    path = LineCollection(
+        list(segments), array=np.arange(len(segments)), cmap="viridis", linewidths=min(5.0, cell / 3),
+        capstyle="round",
+    )  # fmt: skip
+    axes.add_collection(path)
+    for point, color in ((points[0], INK), (points[-1], ORANGE)):
+        axes.scatter(*point, s=max(3.0, min(10.0, 0.7 * cell)) ** 2, color=color, zorder=3)
+    _frame_image(axes, height, width, title)
+    _legend(axes, [Patch(color=INK), Patch(color=ORANGE)], ["first token", "last token"])
+    return figure
+
+
+def draw_pattern(
+    pattern: Pattern,
+    height: int,
+    width: int,
+    order: Order,
+    *,
+    title: str,
+    query_block: int,
+    key_block: int,
+) -> Figure:
+    """What a pattern lets two tokens see, its mask in token order, and the blocks that a kernel must visit.
+
+    The mask is left out where it would be too large to be seen.
+    """
+    layout = pattern.layout(height, width, order, query_block=query_block, key_block=key_block)
+    has_mask = layout.length <= _LARGEST_MASK
+    figure, axes = _figure([_image_size(height, width)] + [(_SIDE, _SIDE)] * (1 + has_mask))
+    _draw_neighborhoods(axes[0], layout, order, title)
+    if has_mask:
+        axes[1].imshow(
+            pattern.dense(height, width, order), cmap=ListedColormap([PAPER, BLUE]), vmin=0, vmax=1,
+            interpolation="nearest",
+        )  # fmt: skip
+        _frame(axes[1], f"mask in token order, {layout.density:.1%} visible", "key token", "query token")
+    _draw_blocks(axes[-1], layout)
+    return figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of `draw_history`.
+
+    Args:
+        label: the model's name.
+        steps: epochs.
+        values: score at each.
+    """
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+def draw_history(curves: Sequence[Curve], *, score: str, goal: float | None = None) -> Figure:
+    """A validation score over epochs, one line per run; lines are named at their ends."""
+    figure, (axes,) = _figure([(8.2, 4.2)])
+    low = min((min(curve.values) for curve in curves), default=0.0)
+    for curve, color in zip(curves, _cycle(len(curves)), strict=True):
+        axes.plot(curve.steps, curve.values, color=color, linewidth=2, label=curve.label)
+        axes.scatter(curve.steps[-1], curve.values[-1], s=26, color=color, zorder=3)
+    if goal is not None:
+        axes.axhline(goal, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(
+            1, goal, f"goal {goal:g} %", color=MUTED, fontsize=8, va="bottom", ha="right",
+            transform=axes.get_yaxis_transform(),
+        )  # fmt: skip
+    axes.set_ylim(max(0.0, low - 3), 101)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#cbd2d9")
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.set_xlabel("epoch", color=MUTED, fontsize=9)
+    axes.set_ylabel(score, color=MUTED, fontsize=9)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", labelcolor=INK)
+    return figure
+
+
+def save_png(figure: Figure, path: str | Path | None = None, *, dpi: int = 144) -> bytes:
+    """The figure as PNG bytes, also written to `path` when one is given."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    if path is not None:
+        Path(path).write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _draw_neighborhoods(axes: Axes, layout: BlockLayout, order: Order, title: str) -> None:
+    height, width = layout.height, layout.width
+    position = inverse_order(order)
+    cells = [(height // 2, width // 2), (0, width - 1)]
+    picture = np.zeros((height, width), dtype=np.uint8)
+    keys = torch.arange(layout.length)
+    for value, (row, column) in enumerate(cells, start=1):
+        query = torch.tensor(int(position[row * width + column]))
+        visible = layout.rule.allows(query, keys).numpy()
+        picture.reshape(-1)[np.asarray(order)[visible]] = value
+    for value, cell in enumerate(cells, start=3):
+        picture[cell] = value
+    axes.imshow(picture, cmap=ListedColormap([PAPER, LIGHT_BLUE, LIGHT_ORANGE, BLUE, ORANGE]), vmin=0, vmax=4)
+    if max(height, width) <= _MOST_GRID_LINES:
+        axes.set_xticks(np.arange(-0.5, width), minor=True)
+        axes.set_yticks(np.arange(-0.5, height), minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.6)
+        axes.tick_params(which="minor", length=0)
+    _frame_image(axes, height, width, title)
+    marks = [Patch(color=BLUE), Patch(color=ORANGE)]
+    _legend(axes, marks, ["a token in the middle and what it sees", "one in a corner"])
+
+
+def _draw_blocks(axes: Axes, layout: BlockLayout) -> None:
+    states = np.zeros((len(layout.counts), len(layout.key_counts)), dtype=np.uint8)
+    for row, count in enumerate(layout.counts.tolist()):
+        states[row, layout.indices[row, :count].numpy()] = np.where(layout.partial[row, :count].numpy(), 1, 2)
+    axes.imshow(
+        states, cmap=ListedColormap([PAPER, LIGHT_BLUE, BLUE]), vmin=0, vmax=2, interpolation="nearest",
+        aspect="auto",
+    )  # fmt: skip
+    axes.set_box_aspect(1)
+    blocks = f"{layout.query_block} x {layout.key_block}"
+    _frame(axes, f"blocks of {blocks} tokens", "key block", "query block")
+    shares = zip(("empty", "partial", "full"), layout.block_ratios, strict=True)
+    marks = [Patch(facecolor=PAPER, edgecolor="#cbd2d9"), Patch(color=LIGHT_BLUE), Patch(color=BLUE)]
+    _legend(axes, marks, [f"{name} {share:.0%}" for name, share in shares])
+
+
+def _figure(sizes: Sequence[tuple[float, float]]) -> tuple[Figure, NDArray[np.object_]]:
+    widths = [width for width, _ in sizes]
+    figure = Figure(figsize=(sum(widths) + 0.8 * (len(sizes) - 1), max(h for _, h in sizes) + 0.7))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(sizes), squeeze=False, gridspec_kw={"width_ratios": widths, "wspace": 0.22})
+    return figure, axes[0]
+
+
+def _image_size(height: int, width: int) -> tuple[float, float]:
+    side = _SIDE / max(height, width)
+    return max(1.6, width * side), max(1.2, height * side)
+
+
+def _frame_image(axes: Axes, height: int, width: int, title: str) -> None:
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
+    axes.set_aspect("equal", anchor="N")
+    _frame(axes, title, "", "")
+
+
+def _frame(axes: Axes, title: str, below: str, left: str) -> None:
+    axes.set_title(title, color=INK, fontsize=10, loc="left", pad=8)
+    axes.set_xlabel(below, color=MUTED, fontsize=8)
+    axes.set_ylabel(left, color=MUTED, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#cbd2d9")
+
+
+def _legend(axes: Axes, marks: Sequence[object], labels: Sequence[str]) -> None:
+    axes.legend(
+        marks, labels, loc="upper left", bbox_to_anchor=(0, -0.06), ncols=len(labels), frameon=False, fontsize=8,
+        labelcolor=INK, handlelength=1, borderaxespad=0, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def _cycle(count: int) -> list[str]:
+    return [SERIES[i % len(SERIES)] for i in range(count)]
