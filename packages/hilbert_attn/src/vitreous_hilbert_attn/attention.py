@@ -54,7 +54,8 @@ class _CurveAttention(nn.Module, ABC):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
         self.order = order
         self.order_tile = order_tile
         self.backend = backend
@@ -83,7 +84,7 @@ class _CurveAttention(nn.Module, ABC):
             BackendUnsupported: when a named backend cannot run this problem.
         """
         height, width = size
-        batch, length, channels = tokens.shape
+        length = tokens.shape[1]
         if length != height * width:
             raise ValueError(
                 f"tokens must be height * width = {height} * {width} = {height * width} per image; got {length}"
@@ -91,19 +92,19 @@ class _CurveAttention(nn.Module, ABC):
         order, position = self.order_tables(height, width, tokens.device)
         if not on_curve:
             tokens = permute_tokens(tokens, order, position)
-        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, -1)
+        qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = self._mix(query, key, value, height, width, order)
-        out = self.proj(mixed.transpose(1, 2).reshape(batch, length, channels))
+        out = self.proj(mixed.transpose(1, 2).flatten(2))
         return out if on_curve else permute_tokens(out, position, order)
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, height: int, width: int, order: Tensor) -> Tensor:
-        """Attention of `[B, H, L, D]` heads in curve order by the backend."""
-        pattern = self.pattern(height, width)
-        bias = self._bias(height, width, order)
+        """Attention of heads `[B, H, L, D]` in curve order by the backend."""
+        pattern, bias = self.pattern(height, width), self._bias(height, width, order)
         if self.backend == "torch" or (self.backend == "auto" and not query.is_cuda):
             return self._attend(query, key, value, pattern, bias)
-        layout = indexing.layout_for(pattern, self.order, height, width, query.device, tile=self._tile(height, width))
+        tile = self._tile(height, width)
+        layout = indexing.layout_for(pattern, self.order, height, width, query.device, tile=tile)
         backend = self.backend
         if backend == "auto":
             trained = torch.is_grad_enabled() and query.requires_grad

@@ -478,8 +478,9 @@ def _drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates per stage and block, linear from 0 in the first block to `rate` in the last."""
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate must lie in 0 (inclusive) to 1 (exclusive); got {rate}")
-    rates = torch.linspace(0, rate, sum(depths)).split(list(depths))
-    return [stage.tolist() for stage in rates]
+    step = rate / max(sum(depths) - 1, 1)
+    first = [sum(depths[:stage]) for stage in range(len(depths))]
+    return [[step * (start + block) for block in range(depth)] for start, depth in zip(first, depths, strict=True)]
 
 
 def _pair(name: str, value: int | Size) -> Size:
