@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -252,3 +256,19 @@ def test_everything_outside_mm_imports_without_the_training_stack(member: str) -
     code = LIGHT_IMPORTS.format(blocked=blocked, package=f"vitreous_{member}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def importable_modules(member: str) -> Iterator[ModuleType]:
+    """The package and its modules, those left out that need the training stack or a GPU's compiler."""
+    root = importlib.import_module(f"vitreous_{member}")
+    yield root
+    for found in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
+        if not {"mm", "triton"} & set(found.name.split(".")):
+            yield importlib.import_module(found.name)
+
+
+@each_member
+def test_examples_in_docstrings_give_what_they_show(member: str) -> None:
+    for module in importable_modules(member):
+        failed, _ = doctest.testmod(module, report=True)
+        assert failed == 0, module.__name__
