@@ -148,6 +148,22 @@ def test_without_a_teacher_both_classifiers_fit_the_labels(samples: list[DataSam
     assert all(table.grad.abs().max() > 0 for table in tables)
 
 
+def test_teacher_none_trains_on_labels_alone(samples: list[DataSample]) -> None:
+    for distillation in (False, True):
+        head = {
+            "type": "TestMMPlainHead",
+            "num_classes": CLASSES,
+            "in_channels": CLASSES,
+            "distillation": distillation,
+        }
+        student = build_student(teacher=None, head=head)
+        student.init_weights()
+        images = torch.randn(2, CLASSES, 4, 4)
+        losses = student(images, samples, mode="loss")
+        assert torch.equal(losses["loss"], student.head.loss(student.extract_feat(images), samples)["loss"])
+        assert student.teacher is None
+
+
 def test_mixed_and_smoothed_labels_reach_only_the_label_term() -> None:
     mixed = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
     samples = [DataSample().set_gt_score(score) for score in mixed]
@@ -279,7 +295,7 @@ def test_bad_students(samples: list[DataSample]) -> None:
         build_student(head=one_classifier)
     with pytest.raises(ValueError, match="second classifier"):
         MODELS.build(one_classifier).loss((torch.ones(2, CLASSES, 1, 1),), samples, teacher_logits=TEACHER_LOGITS)
-    with pytest.raises(TypeError, match="teacher must be a model config or a model name"):
+    with pytest.raises(TypeError, match="teacher must be a model config, a model name or None"):
         build_student(teacher=3)
     with pytest.raises(ValueError, match="published weights"):
         build_student(teacher="hivit-tiny-p16_16xb64_in1k").init_weights()

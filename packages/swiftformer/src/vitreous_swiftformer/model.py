@@ -8,6 +8,7 @@ classes are named as in the official checkpoints, so that a state dict reads the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -81,12 +82,13 @@ class SwiftFormer(nn.Module):
         self.deploy = False
 
         self.patch_embed = _stem(in_channels, self.channels[0])
-        rates = torch.linspace(0, drop_path_rate, sum(self.depths)).split(self.depths)
+        blocks = sum(self.depths)
+        rates = iter([drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)])
         self.network = nn.ModuleList()
-        for stage, (channels, stage_rates) in enumerate(zip(self.channels, rates, strict=True)):
+        for stage, (channels, depth) in enumerate(zip(self.channels, self.depths, strict=True)):
             if stage > 0:
                 self.network.append(Downsample(self.channels[stage - 1], channels))
-            self.network.append(_stage(channels, arch.get("mlp_ratio", 4), stage_rates.tolist()))
+            self.network.append(_stage(channels, arch.get("mlp_ratio", 4), list(islice(rates, depth))))
         for stage in self.out_indices:
             self.add_module(self._norm_name(stage), nn.BatchNorm2d(self.channels[stage]))
         self.register_load_state_dict_pre_hook(_rename_last_norm)
