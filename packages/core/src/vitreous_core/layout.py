@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .schedule import Schedule
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -119,6 +121,7 @@ class BlockLayout:
         key_counts, key_indices, key_partial: the same lists transposed (`[Nk]`, `[Nk, Q]`, `[Nk, Q]`), for the
             backward pass over key blocks.
         rule: decides single pairs.
+        schedule: the walk of the Triton kernels, which need no block lists.
         reach: `(rows, columns)` such that no visible pair is further apart in the image.
         token_reach: no visible pair is further apart in the token sequence.
 
@@ -137,6 +140,7 @@ class BlockLayout:
     key_indices: Tensor
     key_partial: Tensor
     rule: Rule
+    schedule: Schedule
     reach: tuple[int, int]
     token_reach: int
 
@@ -187,7 +191,7 @@ class BlockLayout:
         if torch.device(device) == self.device:
             return self
         rule = replace(self.rule, **_moved(self.rule, device))
-        return replace(self, **_moved(self, device), rule=rule)
+        return replace(self, **_moved(self, device), rule=rule, schedule=self.schedule.to(device))
 
     def to_dense(self) -> Tensor:
         """Bool `[L, L]`: listed blocks, filled or asked of the rule. Slow; for tests and the torch backend."""

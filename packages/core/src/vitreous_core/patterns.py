@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import _block_lists
+from . import _block_lists, schedule
 from ._block_lists import Lists
 from .curves import Order, check_order, inverse_order
 from .layout import _EMPTY, _FULL, BitRule, BlockLayout, BoxRule, IntervalRule
@@ -100,6 +100,7 @@ class _IntervalPattern(Pattern):
             (query_block, key_block),
             _block_lists.interval_lists(start, stop, query_block, key_block),
             IntervalRule(torch.from_numpy(start), torch.from_numpy(stop)),
+            schedule.sequence_schedule(start, stop),
             # Under an unknown order close tokens may lie anywhere in the image.
             reach=(height - 1, width - 1),
             token_reach=token_reach,
@@ -191,21 +192,24 @@ class _BoxPattern(Pattern):
     def _layout(self, height: int, width: int, order: Order, query_block: int, key_block: int) -> BlockLayout:
         position = inverse_order(order)
         coordinates, bounds, reach = [], [], []
-        cells_of = []
+        cells_of, axes = [], []
         for axis, (cells, cell) in enumerate(zip((height, width), np.divmod(order, np.int32(width)), strict=True)):
             major = _residue_major(cells, self.dilations()[axis])
-            start, stop = self.axis_bounds(cells, axis)
+            start, stop = (bound.astype(np.int32) for bound in self.axis_bounds(cells, axis))
+            axes.append((start, stop))
             image_cell = np.argsort(major)
             cells_of.append(image_cell)
             coordinates.append(major[cell].astype(np.int32))
-            bounds += [start[coordinates[-1]].astype(np.int32), stop[coordinates[-1]].astype(np.int32)]
+            bounds += [start[coordinates[-1]], stop[coordinates[-1]]]
             ends = np.stack((image_cell[start], image_cell[np.maximum(stop - 1, start)]))
             reach.append(int(np.abs(ends - image_cell).max()))
-        block_of_cell = position.reshape(height, width)[cells_of[0][:, None], cells_of[1]] // np.int32(key_block)
-        lists = _block_lists.box_lists(np.stack(bounds, axis=1), block_of_cell, query_block, key_block)
+        token = position.reshape(height, width)[cells_of[0][:, None], cells_of[1]]
+        is_own = bool((token.ravel() == np.arange(height * width)).all())
+        lists = _block_lists.box_lists(np.stack(bounds, axis=1), token // np.int32(key_block), query_block, key_block)
         tensors = [torch.from_numpy(array) for array in (*coordinates, *bounds)]
         return _assemble(
             (height, width), (query_block, key_block), lists, BoxRule(*tensors),
+            schedule.image_schedule(axes[0], axes[1], None if is_own else token),
             reach=(reach[0], reach[1]), token_reach=height * width - 1,
         )  # fmt: skip
 
@@ -335,7 +339,8 @@ class MaskPattern(Pattern):
         lists = _block_lists._pad(listed.sum(1, dtype=np.int32), np.nonzero(listed)[1], block[listed] != _FULL)
         rule = BitRule(torch.from_numpy(packed), torch.from_numpy(block), query_block, key_block)
         reach = (height - 1, width - 1)
-        return _assemble((height, width), (query_block, key_block), lists, rule, reach, token_reach)
+        walk = schedule.block_schedule(self._rows, self.length)
+        return _assemble((height, width), (query_block, key_block), lists, rule, walk, reach, token_reach)
 
     def _rows(self, low: int, high: int) -> NDArray[np.bool_]:
         query, key = torch.arange(low, high)[:, None], torch.arange(self.length)[None, :]
@@ -369,11 +374,11 @@ def from_mask(fn: Predicate, length: int) -> MaskPattern:
 
 def _assemble(
     grid: tuple[int, int], blocks: tuple[int, int], lists: Lists, rule: IntervalRule | BoxRule | BitRule,
-    reach: tuple[int, int], token_reach: int,
+    walk: schedule.Schedule, reach: tuple[int, int], token_reach: int,
 ) -> BlockLayout:  # fmt: skip
     transposed = _block_lists.transpose_lists(lists, -(-grid[0] * grid[1] // blocks[1]))
     tensors = [torch.from_numpy(array) for array in (*lists, *transposed)]
-    return BlockLayout(*grid, *blocks, *tensors, rule=rule, reach=reach, token_reach=token_reach)
+    return BlockLayout(*grid, *blocks, *tensors, rule=rule, schedule=walk, reach=reach, token_reach=token_reach)
 
 
 def _residue_counts(cells: int, dilation: int) -> list[int]:

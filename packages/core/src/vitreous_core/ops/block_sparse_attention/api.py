@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import BackendUnsupported
 from ...layout import BlockLayout
-from . import flex, reference, triton
+from . import contracts, flex, reference, triton
 from .bias import DENSE_BIAS_LIMIT, Bias
 
 Backend = Literal["torch", "flex", "triton"]
@@ -24,6 +24,8 @@ def block_sparse_attention(
     *,
     bias: Bias | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     backend: Backend,
 ) -> Tensor:
     """Softmax attention in which each token sees only the keys that `layout` allows.
@@ -39,6 +41,11 @@ def block_sparse_attention(
         bias: added to the scaled scores: `RelativeBias2d`, `RelativeBias1d`, or a dense `[H, L, L]` tensor while
             `L <= DENSE_BIAS_LIMIT`. Trainable.
         scale: factor on the scores; None is `D ** -0.5`.
+        dropout_p: probability, `0 <= dropout_p < 1`, with which each weight is dropped after the softmax; the others
+            grow by `1 / (1 - dropout_p)`. Pass 0 in evaluation.
+        dropout_seed: 64-bit int, or int64 tensor `[]` on the tensors' device (which needs no recompilation or copy
+            when it changes). The same seed drops the same weights on every backend. None draws one from PyTorch's
+            default generator.
         backend: `"torch"` (the truth), `"flex"` (FlexAttention) or `"triton"`. A named backend never falls back.
 
     Returns:
@@ -48,6 +55,8 @@ def block_sparse_attention(
         TypeError: for arguments of the wrong type or mixed dtypes.
         ValueError: for shapes, devices, layouts or biases that do not fit together.
         BackendUnsupported: naming every reason, when the backend cannot run this problem.
+
+    Under autocast the tensors (not the bias) are cast to its dtype first, on every backend.
 
     Numerics: scores, softmax and sums accumulate in fp32 (fp64 for fp64 inputs).
 
@@ -59,22 +68,28 @@ def block_sparse_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
+    query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
     _check_layout(query, layout)
     if bias is not None:
         _check_bias(query, layout, bias)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1); got {dropout_p}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend != "torch":
         implementation = flex if backend == "flex" else triton
-        reasons = implementation.unsupported_reasons(query, layout, _needs_grad(query, key, value, bias))
+        reasons = implementation.unsupported_reasons(query, layout, _needs_grad(query, key, value, bias), dropout_p)
         if reasons:
             raise BackendUnsupported(backend, reasons)
+    seed = _seed(dropout_seed, query.device) if dropout_p > 0 else None
+    layout = layout.to(query.device)
+    if backend == "triton":
+        return contracts.attention(query, key, value, layout, bias, scale, dropout_p, seed)
     if query.numel() == 0:
         return torch.zeros_like(query)
-    layout = layout.to(query.device)
     if backend == "flex":
         return flex.attention(query, key, value, layout, bias, scale)
-    return reference.attention(query, key, value, layout, bias, scale)
+    return reference.attention(query, key, value, layout, bias, scale, dropout_p, seed)
 
 
 def choose_backend(query: Tensor, layout: BlockLayout, needs_grad: bool = True) -> Backend:
@@ -93,6 +108,33 @@ def choose_backend(query: Tensor, layout: BlockLayout, needs_grad: bool = True) 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, bias: Bias | None) -> bool:
     table = bias if bias is None or isinstance(bias, Tensor) else bias.table
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, table))
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    # As PyTorch's own rules have it, fp64 stays.
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
+            raise ValueError(
+                f"dropout_seed must be an int or an int64 tensor of shape () on {device}; got {seed.dtype} "
+                f"{tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed must be an int, an int64 tensor or None; got {seed!r}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -91,8 +91,7 @@ class RelativeBias2d:
         found = []
         if (self.height, self.width) != (layout.height, layout.width):
             found.append(
-                f"bias must be for the layout's {layout.height} x {layout.width} grid; "
-                f"got {self.height} x {self.width}"
+                f"bias must be for the layout's {layout.height} x {layout.width} grid; got {self.height} x {self.width}"
             )
         elif layout.reach[0] >= self.reach[0] or layout.reach[1] >= self.reach[1]:
             found.append(

@@ -15,9 +15,11 @@ from .bias import Bias, RelativeBias1d, RelativeBias2d
 _SMALLEST_HEAD_DIM = 16
 
 
-def unsupported_reasons(query: Tensor, layout: BlockLayout, needs_grad: bool) -> list[str]:
+def unsupported_reasons(query: Tensor, layout: BlockLayout, needs_grad: bool, dropout_p: float = 0.0) -> list[str]:
     """Why FlexAttention cannot run this; empty when it can."""
     reasons = []
+    if dropout_p > 0:
+        reasons.append(f"dropout is not supported; got dropout_p={dropout_p}")
     if needs_grad and not query.is_cuda:
         reasons.append(f"gradients need a GPU; got tensors on {query.device}")
     if query.dtype == torch.float64:

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from ...layout import BlockLayout
 from .bias import Bias, RelativeBias1d, RelativeBias2d
+from .dropout import keep_mask
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, bias: Bias | None, scale: float
-) -> Tensor:
-    """`softmax(scale q k^T + bias)` over visible keys, times v.
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, bias: Bias | None, scale: float,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`softmax(scale q k^T + bias)` over visible keys, times v; dropped weights are 0, kept ones `1 / (1 - p)` larger.
 
     Numerics: scores, softmax and sums in fp32 (fp64 for fp64 inputs); rounded once to the input dtype. A row that
     sees no key is zero.
@@ -29,6 +31,9 @@ def attention(
     weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
     # A row of -inf alone gives NaN; masking it again also gives its gradient the zero it must have.
     weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    if dropout_seed is not None:
+        keep = keep_mask(dropout_seed, dropout_p, *query.shape[:3])
+        weights = torch.where(keep, weights / (1 - dropout_p), 0.0)
     return (weights @ value).to(query.dtype)
 
 

@@ -1,0 +1,195 @@
+"""The registered operators: schema, fakes, autograd. No Triton import; the kernels are imported when first run.
+
+Registered operators take tensors and numbers, so a problem is flattened here and put together again in `triton/`.
+Both operators are functional: outputs never alias inputs. Autocast is applied above them, in `api`, since
+`torch.library` can only cast to one fixed dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...layout import BlockLayout
+from .bias import Bias, RelativeBias1d, RelativeBias2d
+
+NO_BIAS, CELL_BIAS, DISTANCE_BIAS, DENSE_BIAS = 0, 1, 2, 3
+
+
+class Tables(NamedTuple):
+    """Tensors of a schedule, cut for the tiles of each pass (see `vitreous_core.schedule`)."""
+
+    forward_tiles: Tensor
+    dq_tiles: Tensor
+    dkv_tiles: Tensor
+    closed_tiles: Tensor
+    bias_tiles: Tensor
+    query_bounds: Tensor
+    query_bits: Tensor
+    key_bounds: Tensor
+    key_bits: Tensor
+    position: Tensor
+
+
+class Facts(NamedTuple):
+    """Numbers of a schedule and a bias.
+
+    Args:
+        geometry, height, width: of the schedule.
+        forward_masked, dq_masked, dkv_masked, closed_masked, bias_masked: whether that pass has to mask.
+        bias: which kind, one of the constants above.
+        image_width, code_width, centre: of the bias: row length of the image, of the table, index of offset zero.
+    """
+
+    geometry: int
+    height: int
+    width: int
+    forward_masked: int
+    dq_masked: int
+    dkv_masked: int
+    closed_masked: int
+    bias_masked: int
+    bias: int
+    image_width: int
+    code_width: int
+    centre: int
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, bias: Bias | None, scale: float,
+    dropout_p: float, dropout_seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Flatten the problem and call the operator."""
+    from .triton.configs import choose
+
+    schedule = layout.schedule
+    config = choose(query.dtype, query.shape[-1], schedule, query.shape[1] // key.shape[1])
+    forward, dq = schedule.queries.at(config.forward.rows), schedule.queries.at(config.dq.rows)
+    dkv, of_bias = schedule.keys.at(config.dkv.rows), schedule.queries.at(config.bias.rows)
+    closed = schedule.queries.at(config.closed.rows) if config.closed.rows else dq
+    table, cells, kind, numbers = _flat_bias(bias, query.device)
+    tables = Tables(
+        forward.table, dq.table, dkv.table, closed.table, of_bias.table,
+        schedule.queries.bounds, schedule.queries.bits, schedule.keys.bounds, schedule.keys.bits, schedule.position,
+    )  # fmt: skip
+    facts = Facts(
+        schedule.geometry, schedule.height, schedule.width,
+        forward.masked, dq.masked, dkv.masked, closed.masked, of_bias.masked, kind, *numbers,
+    )  # fmt: skip
+    tiling = [number for tile in config for number in tile]
+    out, _ = block_sparse_attention(
+        query, key, value, table, cells, dropout_seed, list(tables), [int(fact) for fact in facts], tiling, scale,
+        dropout_p,
+    )  # fmt: skip
+    return out
+
+
+def _flat_bias(
+    bias: Bias | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, int, tuple[int, int, int]]:
+    match bias:
+        case None:
+            return None, None, NO_BIAS, (1, 1, 0)
+        case RelativeBias2d():
+            a, b = bias.reach
+            cells = None if bias.order is None else torch.as_tensor(bias.order).to(device)
+            return bias.table, cells, CELL_BIAS, (bias.width, 2 * b - 1, (a - 1) * (2 * b - 1) + b - 1)
+        case RelativeBias1d():
+            return bias.table, None, DISTANCE_BIAS, (1, 1, bias.kernel - 1)
+        case Tensor():
+            return bias, None, DENSE_BIAS, (1, 1, 0)
+
+
+@torch.library.custom_op("vitreous::block_sparse_attention", mutates_args=())
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    cells: Tensor | None,
+    seed: Tensor | None,
+    tables: Sequence[Tensor],
+    facts: Sequence[int],
+    tiling: Sequence[int],
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, L, D]` and base-2 log-sum-exp `[B, H, L]` fp32 (+inf for rows that see nothing).
+
+    Args:
+        query, key, value: as in `api.block_sparse_attention`.
+        bias: table of a relative bias, or a dense bias.
+        cells: integer `[L]`, image cell of every token, for a bias by cells; None: the token itself.
+        seed: int64 `[]`, of the dropout.
+        tables, facts: `Tables` and `Facts`.
+        tiling: the five tiles of a `triton.configs.Config`, flat.
+        scale, dropout_p: as in `api.block_sparse_attention`.
+    """
+    from .triton.forward import launch_forward
+
+    return launch_forward(
+        query, key, value, bias, cells, seed, Tables(*tables), Facts(*facts), tiling, scale, dropout_p
+    )
+
+
+@block_sparse_attention.register_fake
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("vitreous::block_sparse_attention_backward", mutates_args=())
+def block_sparse_attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    cells: Tensor | None,
+    seed: Tensor | None,
+    tables: Sequence[Tensor],
+    facts: Sequence[int],
+    tiling: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias (empty unless `needs_bias`)."""
+    from .triton.backward import launch_backward
+
+    return launch_backward(
+        dout, query, key, value, out, lse, bias, cells, seed, Tables(*tables), Facts(*facts), tiling, scale,
+        dropout_p, needs_bias,
+    )  # fmt: skip
+
+
+@block_sparse_attention_backward.register_fake
+def _(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_bias = rest[-1]
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs_bias else query.new_empty(0)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bias, cells, seed, tables, *numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, bias, cells, seed, *tables)
+    ctx.numbers = numbers
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    query, key, value, out, lse, bias, cells, seed, *tables = ctx.saved_tensors
+    needs_bias = bias is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = block_sparse_attention_backward(
+        dout, query, key, value, out, lse, bias, cells, seed, tables, *ctx.numbers, needs_bias
+    )
+    return dq, dk, dv, dbias if needs_bias else None, None, None, [None] * len(tables), None, None, None, None
+
+
+block_sparse_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,340 @@
+"""Backward kernels. Each recomputes the weights from `lse`; none uses atomics, so reruns agree bitwise.
+
+`_bsa_bwd_dq_kernel` walks over query tiles and also leaves `delta = rowsum(dout * out)` for the others;
+`_bsa_bwd_dkv_kernel` walks over key tiles; `_bsa_bwd_closed_kernel` does both at once where each tile sees exactly
+itself (windows that fit a tile).
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..contracts import Facts, Tables
+from .arguments import base2_table, device_of, dot_precision, dropout_numbers, padded_head_dim
+from .bias_gradient import launch_bias_gradient
+from .configs import Tile
+from .primitives import (
+    LOG2E,
+    add_bias,
+    bias_code,
+    column_cells,
+    count_columns,
+    dropout_keep,
+    load_tile,
+    reciprocal,
+    row_bounds,
+    row_cells,
+    row_pointers,
+    visible_pairs,
+)
+
+
+@triton.jit
+def _bsa_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, bias_ptr, cell_ptr, seed_ptr,
+    tiles_ptr, bounds_ptr, bits_ptr, position_ptr,
+    stride_qb, stride_qh, stride_ql, stride_qd,
+    stride_kb, stride_kh, stride_kl, stride_kd,
+    stride_vb, stride_vh, stride_vl, stride_vd,
+    stride_ob, stride_oh, stride_ol, stride_od,
+    stride_gb, stride_gh, stride_gl, stride_gd,
+    stride_dqb, stride_dqh, stride_dql, stride_dqd,
+    stride_bh, bias_centre, image_width, code_width,
+    heads, group, tile_count, length, height, width, scale, scale_log2, threshold, keep_scale,
+    GEOMETRY: tl.constexpr, MASKED: tl.constexpr, HAS_POSITION: tl.constexpr,
+    BIAS: tl.constexpr, HAS_CELLS: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dq = scale (P * (dP - delta)) k` with `dP = dout v^T`. Grid: tiles x images x heads."""
+    pid = tl.program_id(0)
+    tile = load_tile(tiles_ptr, pid % tile_count)
+    batch_head = pid // tile_count
+    batch, head = (batch_head // heads).to(tl.int64), batch_head % heads
+    wide_head, kv_head = head.to(tl.int64), (head // group).to(tl.int64)
+
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = (offs_d < HEAD_DIM)[None, :]
+    row_y, row_x, query_token, is_row = row_cells(tile, position_ptr, width, GEOMETRY, HAS_POSITION, BLOCK_M)
+    bounds = row_bounds(bounds_ptr, row_y, row_x, height, GEOMETRY)
+    q_base = q_ptr + batch * stride_qb + wide_head * stride_qh
+    o_base = out_ptr + batch * stride_ob + wide_head * stride_oh
+    g_base = dout_ptr + batch * stride_gb + wide_head * stride_gh
+    q = tl.load(row_pointers(q_base, query_token, stride_ql, stride_qd, offs_d), mask=mask_d, other=0.0)
+    out = tl.load(row_pointers(o_base, query_token, stride_ol, stride_od, offs_d), mask=mask_d, other=0.0)
+    dout = tl.load(row_pointers(g_base, query_token, stride_gl, stride_gd, offs_d), mask=mask_d, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    row_offset = batch_head.to(tl.int64) * length + query_token
+    tl.store(delta_ptr + row_offset, delta, mask=is_row)
+    lse = tl.load(lse_ptr + row_offset)
+    query_code = query_token
+    if (BIAS == 1) | (BIAS == 2):
+        query_code = bias_code(cell_ptr, query_token, image_width, code_width, BIAS, HAS_CELLS)
+
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    columns = count_columns(tile, GEOMETRY)
+    multiplier = reciprocal(tile, GEOMETRY)
+    for start in range(0, columns, BLOCK_N):
+        column_y, column_x, key_token = column_cells(
+            tile, start, columns, multiplier, position_ptr, bounds_ptr, width, length,
+            GEOMETRY, HAS_POSITION, BLOCK_N,
+        )  # fmt: skip
+        k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
+        v = tl.load(row_pointers(v_base, key_token, stride_vl, stride_vd, offs_d), mask=mask_d, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        visible = visible_pairs(bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASKED)
+        if BIAS > 0:
+            key_code = key_token
+            if BIAS < 3:
+                key_code = bias_code(cell_ptr, key_token, image_width, code_width, BIAS, HAS_CELLS)
+            scores = add_bias(
+                scores, bias_ptr, head, query_code[:, None], key_code[None, :], query_token[:, None],
+                key_token[None, :], visible, bias_centre, stride_bh, length, BIAS,
+            )  # fmt: skip
+        weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            keep = dropout_keep(seed_ptr, batch_head, query_token[:, None], key_token[None, :], threshold)
+            dweights = tl.where(keep, dweights * keep_scale, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    base = dq_ptr + batch * stride_dqb + wide_head * stride_dqh
+    pointers = row_pointers(base, query_token, stride_dql, stride_dqd, offs_d)
+    tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), mask=is_row[:, None] & mask_d)
+
+
+@triton.jit
+def _bsa_bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, cell_ptr, seed_ptr,
+    tiles_ptr, bounds_ptr, bits_ptr, position_ptr,
+    stride_qb, stride_qh, stride_ql, stride_qd,
+    stride_kb, stride_kh, stride_kl, stride_kd,
+    stride_vb, stride_vh, stride_vl, stride_vd,
+    stride_gb, stride_gh, stride_gl, stride_gd,
+    stride_dkb, stride_dkh, stride_dkl, stride_dkd,
+    stride_dvb, stride_dvh, stride_dvl, stride_dvd,
+    stride_bh, bias_centre, image_width, code_width,
+    heads, tile_count, length, height, width, scale, scale_log2, threshold, keep_scale,
+    GEOMETRY: tl.constexpr, MASKED: tl.constexpr, HAS_POSITION: tl.constexpr,
+    BIAS: tl.constexpr, HAS_CELLS: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dv = P^T dout`, `dk = scale dS^T q`. Grid: key tiles x images x key heads; sums over a head's group."""
+    pid = tl.program_id(0)
+    tile = load_tile(tiles_ptr, pid % tile_count)
+    kv_heads = heads // GROUP
+    batch_kv = pid // tile_count
+    batch, kv_head = (batch_kv // kv_heads).to(tl.int64), (batch_kv % kv_heads).to(tl.int64)
+
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = (offs_d < HEAD_DIM)[None, :]
+    row_y, row_x, key_token, is_row = row_cells(tile, position_ptr, width, GEOMETRY, HAS_POSITION, BLOCK_M)
+    bounds = row_bounds(bounds_ptr, row_y, row_x, height, GEOMETRY)
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+    k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
+    v = tl.load(row_pointers(v_base, key_token, stride_vl, stride_vd, offs_d), mask=mask_d, other=0.0)
+    key_code = key_token
+    if (BIAS == 1) | (BIAS == 2):
+        key_code = bias_code(cell_ptr, key_token, image_width, code_width, BIAS, HAS_CELLS)
+
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    columns = count_columns(tile, GEOMETRY)
+    multiplier = reciprocal(tile, GEOMETRY)
+    for member in range(GROUP):
+        wide_head = kv_head * GROUP + member
+        head = wide_head.to(tl.int32)
+        q_base = q_ptr + batch * stride_qb + wide_head * stride_qh
+        g_base = dout_ptr + batch * stride_gb + wide_head * stride_gh
+        batch_head = (batch * heads + wide_head).to(tl.int32)
+        row_base = (batch * heads + wide_head) * length
+        for start in range(0, columns, BLOCK_N):
+            column_y, column_x, query_token = column_cells(
+                tile, start, columns, multiplier, position_ptr, bounds_ptr, width, length,
+                GEOMETRY, HAS_POSITION, BLOCK_N,
+            )  # fmt: skip
+            q = tl.load(row_pointers(q_base, query_token, stride_ql, stride_qd, offs_d), mask=mask_d, other=0.0)
+            dout = tl.load(row_pointers(g_base, query_token, stride_gl, stride_gd, offs_d), mask=mask_d, other=0.0)
+            lse = tl.load(lse_ptr + row_base + query_token)
+            delta = tl.load(delta_ptr + row_base + query_token)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [keys, queries]
+            visible = visible_pairs(bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASKED)
+            if BIAS > 0:
+                query_code = query_token
+                if BIAS < 3:
+                    query_code = bias_code(cell_ptr, query_token, image_width, code_width, BIAS, HAS_CELLS)
+                scores = add_bias(
+                    scores, bias_ptr, head, query_code[None, :], key_code[:, None], query_token[None, :],
+                    key_token[:, None], visible, bias_centre, stride_bh, length, BIAS,
+                )  # fmt: skip
+            weights = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+            dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            kept = weights
+            if DROPOUT:
+                keep = dropout_keep(seed_ptr, batch_head, query_token[None, :], key_token[:, None], threshold)
+                kept = tl.where(keep, weights * keep_scale, 0.0)
+                dweights = tl.where(keep, dweights * keep_scale, 0.0)
+            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dscores = weights * (dweights - delta[None, :])
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    mask = is_row[:, None] & mask_d
+    base = dk_ptr + batch * stride_dkb + kv_head * stride_dkh
+    pointers = row_pointers(base, key_token, stride_dkl, stride_dkd, offs_d)
+    tl.store(pointers, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    base = dv_ptr + batch * stride_dvb + kv_head * stride_dvh
+    pointers = row_pointers(base, key_token, stride_dvl, stride_dvd, offs_d)
+    tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bsa_bwd_closed_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, cell_ptr,
+    seed_ptr, tiles_ptr, bounds_ptr, position_ptr,
+    stride_qb, stride_qh, stride_ql, stride_qd,
+    stride_kb, stride_kh, stride_kl, stride_kd,
+    stride_vb, stride_vh, stride_vl, stride_vd,
+    stride_ob, stride_oh, stride_ol, stride_od,
+    stride_gb, stride_gh, stride_gl, stride_gd,
+    stride_dqb, stride_dqh, stride_dql, stride_dqd,
+    stride_dkb, stride_dkh, stride_dkl, stride_dkd,
+    stride_dvb, stride_dvh, stride_dvl, stride_dvd,
+    stride_bh, bias_centre, image_width, code_width,
+    heads, tile_count, length, height, width, scale, scale_log2, threshold, keep_scale,
+    GEOMETRY: tl.constexpr, MASKED: tl.constexpr, HAS_POSITION: tl.constexpr,
+    BIAS: tl.constexpr, HAS_CELLS: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All of dq, dk, dv of a tile that sees exactly itself. Grid: tiles x images x heads (no groups)."""
+    pid = tl.program_id(0)
+    tile = load_tile(tiles_ptr, pid % tile_count)
+    batch_head = pid // tile_count
+    batch, head = (batch_head // heads).to(tl.int64), batch_head % heads
+    wide_head = head.to(tl.int64)
+
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = (offs_d < HEAD_DIM)[None, :]
+    row_y, row_x, token, is_row = row_cells(tile, position_ptr, width, GEOMETRY, HAS_POSITION, BLOCK_M)
+    bounds = row_bounds(bounds_ptr, row_y, row_x, height, GEOMETRY)
+    columns = count_columns(tile, GEOMETRY)
+    multiplier = reciprocal(tile, GEOMETRY)
+    column_y, column_x, key_token = column_cells(
+        tile, 0, columns, multiplier, position_ptr, bounds_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_M
+    )
+    q_base = q_ptr + batch * stride_qb + wide_head * stride_qh
+    k_base = k_ptr + batch * stride_kb + wide_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + wide_head * stride_vh
+    o_base = out_ptr + batch * stride_ob + wide_head * stride_oh
+    g_base = dout_ptr + batch * stride_gb + wide_head * stride_gh
+    mask = is_row[:, None] & mask_d
+    # Padding rows are zero here, not repeated: as queries they must add nothing to dk and dv.
+    q = tl.load(row_pointers(q_base, token, stride_ql, stride_qd, offs_d), mask=mask, other=0.0)
+    k = tl.load(row_pointers(k_base, token, stride_kl, stride_kd, offs_d), mask=mask, other=0.0)
+    v = tl.load(row_pointers(v_base, token, stride_vl, stride_vd, offs_d), mask=mask, other=0.0)
+    out = tl.load(row_pointers(o_base, token, stride_ol, stride_od, offs_d), mask=mask, other=0.0)
+    dout = tl.load(row_pointers(g_base, token, stride_gl, stride_gd, offs_d), mask=mask, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    row_offset = batch_head.to(tl.int64) * length + token
+    tl.store(delta_ptr + row_offset, delta, mask=is_row)
+    lse = tl.load(lse_ptr + row_offset)
+
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    visible = visible_pairs(bounds, row_y, column_y, column_x, bounds_ptr, GEOMETRY, MASKED)
+    if BIAS > 0:
+        query_code, key_code = token, key_token
+        if BIAS < 3:
+            query_code = bias_code(cell_ptr, token, image_width, code_width, BIAS, HAS_CELLS)
+            key_code = bias_code(cell_ptr, key_token, image_width, code_width, BIAS, HAS_CELLS)
+        scores = add_bias(
+            scores, bias_ptr, head, query_code[:, None], key_code[None, :], token[:, None], key_token[None, :],
+            visible, bias_centre, stride_bh, length, BIAS,
+        )  # fmt: skip
+    weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    kept = weights
+    if DROPOUT:
+        keep = dropout_keep(seed_ptr, batch_head, token[:, None], key_token[None, :], threshold)
+        kept = tl.where(keep, weights * keep_scale, 0.0)
+        dweights = tl.where(keep, dweights * keep_scale, 0.0)
+    dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION)
+    base = dv_ptr + batch * stride_dvb + wide_head * stride_dvh
+    tl.store(row_pointers(base, token, stride_dvl, stride_dvd, offs_d), dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
+    dq = tl.dot(dscores, k, input_precision=PRECISION) * scale
+    base = dq_ptr + batch * stride_dqb + wide_head * stride_dqh
+    tl.store(row_pointers(base, token, stride_dql, stride_dqd, offs_d), dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * scale
+    base = dk_ptr + batch * stride_dkb + wide_head * stride_dkh
+    tl.store(row_pointers(base, token, stride_dkl, stride_dkd, offs_d), dk.to(dk_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
+    cells: Tensor | None, seed: Tensor | None, tables: Tables, facts: Facts, tiling: Sequence[int], scale: float,
+    dropout_p: float, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Allocate and launch; see `contracts.block_sparse_attention_backward`."""
+    batch, heads, length, head_dim = query.shape
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    dbias = query.new_empty(0)
+    if not query.numel():
+        return dq, dk, dv, torch.zeros_like(bias) if needs_bias else dbias
+    delta = torch.empty_like(lse)
+    table, stride_bh = base2_table(bias, facts)
+    numbers = (length, facts.height, facts.width, scale, scale * LOG2E.value, *dropout_numbers(dropout_p))
+    of_bias = (stride_bh, facts.centre, facts.image_width, facts.code_width)
+    constants = {
+        "GEOMETRY": facts.geometry, "HAS_POSITION": len(tables.position) > 0, "BIAS": facts.bias,
+        "HAS_CELLS": cells is not None, "DROPOUT": dropout_p > 0, "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim), "PRECISION": dot_precision(query.dtype),
+    }  # fmt: skip
+    _, of_dq, of_dkv, closed, _ = (Tile(*tiling[i : i + 4]) for i in range(0, 20, 4))
+    group = heads // key.shape[1]
+    with device_of(query):
+        if closed.rows:
+            tiles = tables.closed_tiles
+            _bsa_bwd_closed_kernel[(len(tiles) * batch * heads,)](
+                query, key, value, out, dout, lse, delta, dq, dk, dv, table, cells, seed,
+                tiles, tables.query_bounds, tables.position,
+                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(),
+                *dq.stride(), *dk.stride(), *dv.stride(), *of_bias, heads, len(tiles), *numbers,
+                MASKED=bool(facts.closed_masked), BLOCK_M=closed.rows, num_warps=closed.warps,
+                num_stages=closed.stages, **constants,
+            )  # fmt: skip
+        else:
+            tiles = tables.dq_tiles
+            _bsa_bwd_dq_kernel[(len(tiles) * batch * heads,)](
+                query, key, value, out, dout, lse, delta, dq, table, cells, seed,
+                tiles, tables.query_bounds, tables.query_bits, tables.position,
+                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(), *dq.stride(),
+                *of_bias, heads, group, len(tiles), *numbers,
+                MASKED=bool(facts.dq_masked), BLOCK_M=of_dq.rows, BLOCK_N=of_dq.columns, num_warps=of_dq.warps,
+                num_stages=of_dq.stages, **constants,
+            )  # fmt: skip
+            tiles = tables.dkv_tiles
+            _bsa_bwd_dkv_kernel[(len(tiles) * batch * key.shape[1],)](
+                query, key, value, dout, lse, delta, dk, dv, table, cells, seed,
+                tiles, tables.key_bounds, tables.key_bits, tables.position,
+                *query.stride(), *key.stride(), *value.stride(), *dout.stride(), *dk.stride(), *dv.stride(),
+                *of_bias, heads, len(tiles), *numbers,
+                MASKED=bool(facts.dkv_masked), GROUP=group, BLOCK_M=of_dkv.rows, BLOCK_N=of_dkv.columns,
+                num_warps=of_dkv.warps, num_stages=of_dkv.stages, **constants,
+            )  # fmt: skip
+        if needs_bias:
+            dbias = launch_bias_gradient(
+                dout, query, key, value, lse, delta, bias, table, stride_bh, cells, seed, tables, facts,
+                Tile(*tiling[16:20]), scale, dropout_p,
+            )  # fmt: skip
+    return dq, dk, dv, dbias

@@ -1,0 +1,67 @@
+"""Tile shapes as data: what each pass runs with, by architecture, head dimension and pattern.
+
+Nothing here depends on the batch or the length, so a shape class compiles once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ....schedule import BIT_BLOCK, BLOCKS, Schedule
+
+
+class Tile(NamedTuple):
+    """One pass: rows and columns of its matrix tiles, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    """All passes. `closed` is the one-pass backward of tiles that see exactly themselves; rows 0: not used."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    closed: Tile
+    bias: Tile
+
+
+_NO_TILE = Tile(0, 0, 0, 0)
+
+# Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6. The last entry of each list is the safe default.
+# Largest head dimension, then (forward, dq, dkv, bias) for half precision.
+_HALF = (
+    (64, Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    (256, Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+)
+_SINGLE = (
+    (64, Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    (128, Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (256, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+)
+# Largest rows x head dimension of the one-pass backward, which keeps a whole window's tensors on chip.
+_CLOSED_HALF, _CLOSED_SINGLE = 128 * 64, 64 * 64
+
+
+def choose(dtype: torch.dtype, head_dim: int, schedule: Schedule, groups: int) -> Config:
+    """The tiles of every pass; a pure function of dtype, head dimension and pattern."""
+    table = _SINGLE if dtype == torch.float32 else _HALF
+    forward, dq, dkv, bias = next(entry[1:] for entry in table if head_dim <= entry[0])
+    if schedule.geometry == BLOCKS:
+        forward, dq, dkv, bias = (
+            tile._replace(rows=min(tile.rows, BIT_BLOCK), columns=min(tile.columns, BIT_BLOCK))
+            for tile in (forward, dq, dkv, bias)
+        )
+    closed = _NO_TILE
+    largest = _CLOSED_SINGLE if dtype == torch.float32 else _CLOSED_HALF
+    for rows in (64, 128):
+        if groups == 1 and schedule.queries.at(rows).closed and rows * head_dim <= largest:
+            closed = Tile(rows, rows, 4 if rows == 64 else 8, 1)
+            break
+    return Config(forward, dq, dkv, closed, bias)
