@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+# First, because it repairs MMEngine before MMPretrain imports it.
+from vitreous_core.mm import BackboneAdapter, register_paper
+from vitreous_core.mm.distillation import DistillationLossMixin
+
+# isort: split
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.registry import MODELS
-
-from vitreous_core.mm import BackboneAdapter, DistillationLossMixin, register_paper
 
 from .model import EfficientViTMSRA, EfficientViTMSRAHead
 

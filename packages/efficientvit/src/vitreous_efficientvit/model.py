@@ -7,18 +7,16 @@ of the official checkpoints, so that a state dict reads the same here and there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import count, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.fold import fold_norm_linear
+from vitreous_core.recompute import recompute
 
 from .attention import ConvBN, LocalWindowAttention
 
@@ -105,7 +103,8 @@ class EfficientViTMSRA(nn.Module):
 
         self.patch_embed = _stem(in_channels, self.channels[0])
         window_size, key_dim = arch.get("window_size", 7), arch.get("key_dim", 16)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        last = max(sum(self.depths) - 1, 1)
+        rates = (drop_path_rate * block / last for block in count())
         side = min(self.img_size) // STEM_STRIDE
         for stage in range(NUM_STAGES):
             layers: list[nn.Module] = []
@@ -205,7 +204,7 @@ class EfficientViTMSRA(nn.Module):
     def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not (self.with_cp and self.training and torch.is_grad_enabled()):
             return layer(x)
-        return checkpoint(layer, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, layer))
+        return recompute(layer, x)
 
     def _freeze(self) -> None:
         frozen = ["patch_embed", *(f"blocks{stage + 1}" for stage in range(self.frozen_stages))]
@@ -419,26 +418,6 @@ def _fold_batch_norms(module: nn.Module) -> None:
             setattr(module, name, folded)
         else:
             _fold_batch_norms(child)
-
-
-def _checkpoint_contexts(
-    layer: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _running_statistics_kept(layer)
-
-
-@contextmanager
-def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    # Recomputing a block must not move its running statistics a second time.
-    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.training]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _check_evaluating(module: nn.Module) -> None:

@@ -1,0 +1,3 @@
+_base_ = './efficientvit-msra-m0_8xb256_in1k.py'
+
+model = dict(backbone=dict(arch='m3'), head=dict(in_channels=320))
