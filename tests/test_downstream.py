@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS
 
 from vitreous_core.zoo import models
 
@@ -24,6 +22,8 @@ def card(request: pytest.FixtureRequest) -> Any:
 
 
 def test_backbone_is_built_from_the_root_scope_with_a_classifiers_weights(card: Any, tmp_path: Path) -> None:
+    from mmengine.config import Config
+    from mmengine.registry import MODELS
     from mmpretrain.registry import MODELS as CLASSIFIERS
 
     config = Config.fromfile(card.config).model
@@ -40,6 +40,8 @@ def test_backbone_is_built_from_the_root_scope_with_a_classifiers_weights(card: 
 
 
 def test_page_names_each_registered_backbone() -> None:
+    from mmengine.config import Config
+
     page = (ROOT / "docs" / "downstream.md").read_text()
     used = {Config.fromfile(card.config).model.backbone.type for card in models()}
     assert used <= set(re.findall(r"`(\w+)`", page))

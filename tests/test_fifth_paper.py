@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,8 +106,7 @@ def run(workspace: Path, *arguments: str) -> str:
 
 
 def test_nox_gives_it_sessions(workspace: Path) -> None:
-    listed = json.loads(run(workspace, "-m", "nox", "--list", "--json"))
-    names = {entry["session"] for entry in listed}
+    names = set(re.findall(r"^[*-] (\S+) ->", run(workspace, "-m", "nox", "--list"), re.MULTILINE))
     assert {"tests(fifth)", "reproduce(fifth)", "standalone(fifth)"} <= names
     assert {"tests(core)", "tests(swiftformer)"} <= names
 
@@ -124,4 +123,4 @@ def test_mmpretrain_builds_it(workspace: Path) -> None:
         print(tuple(get_model('fifth_1xb64_digits')(torch.zeros(2, 3, 32, 32)).shape))
         """
     lines = "\n".join(line.strip() for line in code.strip().splitlines())
-    assert run(workspace, "-c", lines).strip().endswith("(2, 8)")
+    assert run(workspace, "-c", lines).strip().endswith("(2, 10)")

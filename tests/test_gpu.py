@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from mmpretrain import get_model
 
 from vitreous_core.papers import papers
 from vitreous_core.zoo import models
@@ -37,6 +36,8 @@ def test_every_paper_has_a_digits_model() -> None:
 
 
 def test_fp32_logits_are_the_cpus(card: Any) -> None:
+    from mmpretrain import get_model
+
     model = get_model(card.name).eval()
     images = batch_for(card)
     precision = torch.get_float32_matmul_precision()
@@ -57,6 +58,8 @@ def test_fp32_logits_are_the_cpus(card: Any) -> None:
 
 
 def test_a_training_step_in_bf16_is_finite_and_moves_every_tensor(card: Any) -> None:
+    from mmpretrain import get_model
+
     model = get_model(card.name).cuda().train()
     images, labels = batch_for(card).cuda(), torch.arange(IMAGES).cuda() % 10
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
