@@ -1,5 +1,6 @@
 """EfficientViT inside MMPretrain: registration, configs, recipe, training, distillation, loading."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from mmpretrain import ImageClassificationInferencer, get_model, inference_model, list_models
 from mmpretrain.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 from mmpretrain.structures import DataSample
@@ -114,6 +116,33 @@ class TestRecipe:
         assert hook.evaluate_on_origin
         assert not hook.evaluate_on_ema
         assert math.isclose(1 - settings.momentum, 0.99996)
+
+    def test_runs_from_end_to_end(self, recipe, tmp_path):
+        # The whole recipe on a few digits: sampler, mixing, clipping, averaging and schedule work together.
+        settings, digits = copy.deepcopy(recipe), config(DIGITS)
+        settings.model.backbone = digits.model.backbone | {"img_size": 64}
+        settings.model.head |= {"num_classes": 10, "in_channels": 64}
+        settings.data_preprocessor = digits.data_preprocessor
+        for loader in (settings.train_dataloader, settings.val_dataloader):
+            source = digits.train_dataloader.dataset | {"indices": 16}
+            source.pipeline[-2].scale = 64
+            loader.dataset = source
+            loader |= {"batch_size": 8, "num_workers": 0, "persistent_workers": False}
+        settings.test_dataloader = settings.val_dataloader
+        settings.train_cfg.max_epochs = 1
+        settings.val_evaluator = settings.test_evaluator = digits.val_evaluator
+        settings.update(work_dir=str(tmp_path), log_level="ERROR", experiment_name=tmp_path.name)
+        runner = Runner.from_cfg(settings)
+        assert len(runner.train_dataloader) == 2
+        runner.train()
+        checkpoint = torch.load(tmp_path / "epoch_1.pth", weights_only=True)
+        averaged, trained = checkpoint["state_dict"], checkpoint["ema_state_dict"]
+        trained = {name.removeprefix("module."): value for name, value in trained.items() if name != "steps"}
+        assert trained.keys() == averaged.keys()
+        moved = [name for name in averaged if not torch.equal(averaged[name], trained[name])]
+        assert "head.classifier.l.weight" in moved
+        live = runner.model.state_dict()
+        assert all(torch.equal(live[name], trained[name]) for name in trained)
 
     @pytest.mark.parametrize("name", IMAGENET)
     def test_variant(self, name):

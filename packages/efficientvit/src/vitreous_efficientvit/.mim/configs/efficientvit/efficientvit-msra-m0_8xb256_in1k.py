@@ -40,3 +40,5 @@ custom_hooks = [
         evaluate_on_origin=True,
     ),
 ]
+
+randomness = dict(diff_rank_seed=True)
