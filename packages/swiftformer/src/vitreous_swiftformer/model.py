@@ -113,12 +113,9 @@ class SwiftFormer(nn.Module):
         x = self.patch_embed(x)
         outputs = []
         for index, module in enumerate(self.network[: 2 * self.out_indices[-1] + 1]):
-            if index % 2:  # the odd entries downsample between the stages
-                x = module(x)
-                continue
-            for block in module:
-                x = recompute(block, x) if self.with_cp and torch.is_grad_enabled() else block(x)
-            if index // 2 in self.out_indices:
+            is_stage = index % 2 == 0  # the others downsample between the stages
+            x = self._recompute_blocks(module, x) if is_stage and self.with_cp else module(x)
+            if is_stage and index // 2 in self.out_indices:
                 outputs.append(self.get_submodule(self._norm_name(index // 2))(x))
         return tuple(outputs)
 
@@ -182,6 +179,11 @@ class SwiftFormer(nn.Module):
         stage = (index + 1) // 2
         block = 0 if index % 2 else int(parts[2])
         return 1 + sum(self.depths[:stage]) + block, last + 1
+
+    def _recompute_blocks(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        for block in stage:
+            x = recompute(block, x) if torch.is_grad_enabled() else block(x)
+        return x
 
     def _norm_name(self, stage: int) -> str:
         return "norm" if self.out_indices == (len(self.depths) - 1,) else f"norm{2 * stage}"
