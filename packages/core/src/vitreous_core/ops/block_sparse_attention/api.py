@@ -60,7 +60,7 @@ def block_sparse_attention(
 
     Numerics: scores, softmax and sums accumulate in fp32 (fp64 for fp64 inputs).
 
-    Example:
+    Examples:
         >>> from vitreous_core.patterns import Window1d
         >>> q = torch.randn(1, 2, 16, 8)
         >>> block_sparse_attention(q, q, q, Window1d(4).layout(4, 4), backend="torch").shape
