@@ -37,7 +37,7 @@ def hilbert_order(height: int, width: int) -> Order:
         TypeError: when a side is no integer.
         ValueError: when a side is below 1 or the area does not fit int32.
 
-    Example:
+    Examples:
         >>> hilbert_order(2, 2).tolist()
         [0, 2, 3, 1]
     """
