@@ -204,7 +204,7 @@ class FlashSwinTransformer(_SwinBackbone):
         patch_cfg: further arguments of `PatchEmbed`.
         backend: see `ops.shifted_window_attention`.
 
-    Example:
+    Examples:
         >>> FlashSwinTransformer("tiny", out_indices=(2, -1))(torch.randn(1, 3, 224, 224))[0].shape
         torch.Size([1, 384, 14, 14])
     """
