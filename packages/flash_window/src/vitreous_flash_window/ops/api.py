@@ -51,7 +51,7 @@ def window_attention(
     Numerics: scores, softmax and the gradient of `bias` are computed in `promote_types(dtype, float32)`, under
         autocast too. Under autocast, query, key and value are first cast to its dtype. Deterministic.
 
-    Example:
+    Examples:
         >>> query, key, value = torch.randn(3, 8, 2, 49, 32)
         >>> window_attention(query, key, value, torch.zeros(2, 49, 49), backend="auto").shape
         torch.Size([8, 2, 49, 32])
@@ -139,7 +139,7 @@ def shifted_window_attention(
     Numerics: as `window_attention`; the gradients of `bias_table` and `logit_scale` are summed in
         `promote_types(dtype, float32)`.
 
-    Example:
+    Examples:
         >>> image = torch.randn(1, 15, 17, 3 * 64)
         >>> shifted_window_attention(image, num_heads=2, window_size=7, shift_size=3, backend="auto").shape
         torch.Size([1, 15, 17, 64])
