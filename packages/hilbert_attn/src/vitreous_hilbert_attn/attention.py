@@ -165,7 +165,7 @@ class HilbertWindowAttention(_CurveAttention):
     Raises:
         ValueError: for heads that do not divide `dim`, a shift outside the window, an unknown order or backend.
 
-    Example:
+    Examples:
         >>> attention = HilbertWindowAttention(32, 2, window_size=4, map_size=(12, 20))
         >>> attention(torch.randn(1, 240, 32), (12, 20)).shape
         torch.Size([1, 240, 32])
