@@ -335,6 +335,25 @@ class TestTraining:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.compile
+def test_compiles_to_one_graph(build, tiny):
+    model, images = build(tiny, True, num_classes=10, img_size=96), golden_input(2, 96, 112)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(images), model(images))
+
+
+def test_trains_under_autocast(build, tiny):
+    model, images = build(tiny, num_classes=10, img_size=96).train(), golden_input(4, 96, 96)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images)
+    logits.float().square().sum().backward()
+    assert (logits - expected).norm() < 0.15 * expected.norm()  # bfloat16 carries 8 bits; measured 0.06
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 class TestBadInput:
     @pytest.mark.parametrize("shape", [(1, 3, 232, 232), (1, 3, 224, 8), (1, 3, 0, 16), (1, 3, 15, 16)])
     def test_size(self, tiny, shape):
@@ -356,6 +375,8 @@ class TestBadInput:
             ({"img_size": "224"}, TypeError, "img_size must be an int"),
             ({"img_size": (224, 224, 3)}, TypeError, "img_size must be an int or"),
             ({"out_indices": 3}, ValueError, r"out_indices must lie in \[-3, 3\)"),
+            ({"img_size": 224.0}, TypeError, "img_size must be an int or"),
+            ({"out_indices": 1.0}, TypeError, "out_indices must be an int or a sequence"),
             ({"out_indices": ()}, TypeError, "out_indices must be an int or a sequence"),
             ({"frozen_stages": 4}, ValueError, "frozen_stages must be -1"),
             ({"drop_path_rate": 1.0}, ValueError, "drop_path_rate"),
@@ -371,6 +392,7 @@ class TestBadInput:
             ({"num_heads": (3, 3, 2)}, "num_heads must divide channels; got 3 heads for 16"),
             ({"channels": (12, 24, 32)}, "multiple of 8"),
             ({"depths": (1, 2)}, "needs 3 entries"),
+            ({"num_heads": 2}, "needs 3 entries"),
             ({"depths": (1, 0, 1)}, "must be positive"),
             ({"kernel_sizes": (3, 3)}, "kernel_sizes needs an entry"),
             ({"embed_dims": (1, 2, 3)}, "arch needs .* got .*embed_dims"),

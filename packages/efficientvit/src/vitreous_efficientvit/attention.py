@@ -1,4 +1,4 @@
-"""Cascaded group attention and its window form (EfficientViT, arXiv 2305.07027, section 3.2 and figure 3).
+"""Cascaded group attention and its window form (EfficientViT, arXiv 2305.07027, figure 6c).
 
 Parameter names (`c`, `bn`, `qkvs`, `dws`, `proj`, `attention_biases`) are those of the official checkpoints.
 """
@@ -41,9 +41,7 @@ class ConvBN(nn.Sequential):
         gamma: float = 1.0,
     ) -> None:
         super().__init__()
-        self.c = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
-        )  # fmt: skip
+        self.c = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
         nn.init.constant_(self.bn.weight, gamma)
 
@@ -59,9 +57,9 @@ class CascadedGroupAttention(nn.Module):
     `q = dws_i(q)` (a depthwise convolution over the window), and
     `o_i = softmax(q k^T / sqrt(key_dim) + bias_i) v`; the result is `proj(relu(concat(o)))`.
 
-    **Paper**: arXiv 2305.07027, equations 2 to 4; the relative bias and the ReLU before the projection follow
-    the official code. The bias of (query, key) is entry `|dy| * window_size + |dx|` of the head's table, read
-    at every call, so that it follows loading, moving, averaging and training in any mode.
+    **Paper**: arXiv 2305.07027, "Cascaded Group Attention", figure 6c; the relative bias and the ReLU before the
+    projection follow the official code. The bias of (query, key) is entry `|dy| * window_size + |dx|` of the head's
+    table, read at every call, so that it follows loading, moving, averaging and training in any mode.
 
     Args:
         channels: channels in and out; a multiple of `num_heads`.
@@ -222,9 +220,7 @@ def window_reverse(windows: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(batch, channels, height, width)
 
 
-def _resize_loaded_table(
-    module: nn.Module, state: dict[str, Any], prefix: str, *_: object
-) -> None:  # fmt: skip
+def _resize_loaded_table(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     assert isinstance(module, CascadedGroupAttention)
     name = f"{prefix}attention_biases"
     table = state.get(name)

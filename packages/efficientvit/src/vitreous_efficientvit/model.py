@@ -42,7 +42,7 @@ class EfficientViTMSRA(nn.Module):
     A block is depthwise conv, FFN, cascaded group attention in windows, depthwise conv, FFN, each residual.
     Maps come at strides 16, 32 and 64.
 
-    **Paper**: arXiv 2305.07027, section 3.3, figure 2 and table 1.
+    **Paper**: arXiv 2305.07027, figure 6a.
 
     The window side of a stage is fixed at construction: `min(7, r)` with `r` the shorter side of the stage's
     map at `img_size` (so at 224 it is 7, 7, 4). Other input sizes run with these windows, on padded maps.
@@ -289,7 +289,7 @@ class EfficientViTMSRAHead(nn.Module):
 
 
 class EfficientViTBlock(nn.Sequential):
-    """Sandwich block: one attention layer between two depthwise convolutions and two FFNs; section 3.1."""
+    """Sandwich block: one attention layer between two depthwise convolutions and two FFNs; figure 6b."""
 
     def __init__(
         self,
@@ -445,7 +445,7 @@ def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[
             f"arch needs {sorted(_ARCH_REQUIRED)} and may have {sorted(_ARCH_OPTIONAL)}; got {sorted(arch)}"
         )
     for name in ("channels", "depths", "num_heads"):
-        if len(arch[name]) != NUM_STAGES:
+        if not isinstance(arch[name], Sequence) or len(arch[name]) != NUM_STAGES:
             raise ValueError(f"arch[{name!r}] needs {NUM_STAGES} entries; got {arch[name]}")
         if min(arch[name]) < 1:
             raise ValueError(f"arch[{name!r}] must be positive; got {arch[name]}")
@@ -458,17 +458,17 @@ def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[
 
 
 def _checked_img_size(img_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         raise TypeError(f"img_size must be an int or (height, width); got {img_size!r}")
     if any(side < STEM_STRIDE or side % STEM_STRIDE for side in sides):
         raise ValueError(f"img_size must be positive multiples of {STEM_STRIDE}; got {img_size}")
-    return sides
+    return sides[0], sides[1]
 
 
 def _checked_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
-    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not indices or not all(isinstance(index, int) for index in indices):
+    indices = (out_indices,) if isinstance(out_indices, int) else out_indices
+    if not isinstance(indices, Sequence) or not indices or not all(isinstance(i, int) for i in indices):
         raise TypeError(f"out_indices must be an int or a sequence of ints; got {out_indices!r}")
     if any(not -NUM_STAGES <= index < NUM_STAGES for index in indices):
         raise ValueError(f"out_indices must lie in [{-NUM_STAGES}, {NUM_STAGES}); got {out_indices}")
