@@ -376,8 +376,8 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, maps: Tensor) -> Tensor:
         height, width = maps.shape[1:3]
