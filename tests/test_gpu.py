@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from vitreous_core.papers import papers
 from vitreous_core.zoo import models
 
 pytestmark = pytest.mark.gpu
@@ -29,10 +28,6 @@ def card(request: pytest.FixtureRequest) -> Any:
     request.param.paper.module("mm")
     torch.manual_seed(0)
     return request.param
-
-
-def test_every_paper_has_a_digits_model() -> None:
-    assert {card.paper.name for card in DIGITS} == {paper.name for paper in papers()}
 
 
 def test_fp32_logits_are_the_cpus(card: Any) -> None:
