@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from .layers import LayerConfig, build_dropout, pair
 from .ops import Backend, shifted_window_attention, window_attention
 from .ops.reference import (
-    MAX_LOGIT_SCALE,
     NORM_EPS,
     accumulation_dtype,
+    logit_factor,
     relative_position_index,
     without_autocast,
 )
@@ -244,7 +244,7 @@ class FlashWindowMSAV2(_WindowAttention):
         dtype = accumulation_dtype(query.dtype)
         # Scores reach 100 + 16, so unit vectors rounded to a low dtype would not do: the operation gets the wide one.
         with without_autocast(x):
-            factor = self.logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
+            factor = logit_factor(self.logit_scale.to(dtype))
             query = F.normalize(query.to(dtype), dim=-1, eps=NORM_EPS) * factor
             key = F.normalize(key.to(dtype), dim=-1, eps=NORM_EPS)
             out = window_attention(

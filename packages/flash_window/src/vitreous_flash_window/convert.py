@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
+
 from vitreous_core.errors import StateMismatch
 
 # Official name and ours, inside the backbone and apart from patch merging and the last norm.

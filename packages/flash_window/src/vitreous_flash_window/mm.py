@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmengine.model import BaseModule
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.registry import MODELS
+
 from vitreous_core.mm import BackboneAdapter, register_paper
 
 from .attention import FlashShiftWindowMSA, FlashWindowMSA, FlashWindowMSAV2

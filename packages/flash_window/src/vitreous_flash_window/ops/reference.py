@@ -58,7 +58,7 @@ def window_attention(
         if bias is None and mask is None:
             return _attend(scores, value.to(dtype), dropout_p).to(query.dtype)
         # A row of minus infinities has no softmax: give it any finite one and drop its output, gradients included.
-        blank = scores.amax(-1, keepdim=True) == -torch.inf
+        blank = scores.detach().amax(-1, keepdim=True) == -torch.inf
         output = _attend(scores.masked_fill(blank, 0.0), value.to(dtype), dropout_p)
         return output.masked_fill(blank, 0.0).to(query.dtype)
 
@@ -87,7 +87,7 @@ def shifted_window_attention(
         if logit_scale is None:
             query = query * scale
         else:
-            factor = logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp().view(num_heads, 1, 1)
+            factor = logit_factor(logit_scale.to(dtype)).view(num_heads, 1, 1)
             # On the queries and not on the scores, which would have to be kept for the gradient of the factor.
             query = F.normalize(query, dim=-1, eps=NORM_EPS) * factor
             key = F.normalize(key, dim=-1, eps=NORM_EPS)
@@ -113,6 +113,12 @@ def relative_position_index(height: int, width: int, device: torch.device | None
     rows = y[:, None] - y[None, :] + height - 1
     columns = x[:, None] - x[None, :] + width - 1
     return rows * (2 * width - 1) + columns
+
+
+def logit_factor(logit_scale: Tensor) -> Tensor:
+    """`exp(min(logit_scale, log 100))`; the gradient passes at the bound itself and is zero above."""
+    # Not `clamp`, whose gradient at the bound has changed between releases of PyTorch.
+    return logit_scale.masked_fill(logit_scale > MAX_LOGIT_SCALE, MAX_LOGIT_SCALE).exp()
 
 
 def gather_bias(table: Tensor, height: int, width: int) -> Tensor:
