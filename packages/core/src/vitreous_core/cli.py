@@ -147,9 +147,11 @@ def _list(options: argparse.Namespace) -> None:
     cards = [card for card in models() if wanted is None or wanted in card.name or fnmatch(card.name, wanted)]
     if not cards:
         raise UserError("no paper is installed" if wanted is None else f"no model's name matches {wanted!r}")
-    table = Table("model", "paper", box=None, pad_edge=False)
-    for column in ("parameters", "MACs", "top-1 %, quoted"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("paper", no_wrap=True)
+    for column in ("params", "MACs", "top-1 %,\nquoted"):
+        table.add_column(column, justify="right", no_wrap=True)
     for card in cards:
         top1 = "" if card.top1 is None or card.is_digits else f"{card.top1:.1f}"
         table.add_row(card.name, card.paper.name, _short(card.parameters), _short(card.macs), top1)

@@ -99,10 +99,9 @@ class Curve:
     values: Sequence[float]
 
 
-def draw_history(curves: Sequence[Curve], *, score: str, goal: float | None = None) -> Figure:
-    """A validation score over epochs, one line per run; lines are named at their ends."""
-    figure, (axes,) = _figure([(8.2, 4.2)])
-    low = min((min(curve.values) for curve in curves), default=0.0)
+def draw_history(curves: Sequence[Curve], *, label: str, goal: float | None = None) -> Figure:
+    """A score or loss over epochs, one line per run, with a dashed line at the goal."""
+    figure, (axes,) = _figure([(6.4, 4.0)])
     for curve, color in zip(curves, _cycle(len(curves)), strict=True):
         axes.plot(curve.steps, curve.values, color=color, linewidth=2, label=curve.label)
         axes.scatter(curve.steps[-1], curve.values[-1], s=26, color=color, zorder=3)
@@ -112,7 +111,7 @@ def draw_history(curves: Sequence[Curve], *, score: str, goal: float | None = No
             1, goal, f"goal {goal:g} %", color=MUTED, fontsize=8, va="bottom", ha="right",
             transform=axes.get_yaxis_transform(),
         )  # fmt: skip
-    axes.set_ylim(max(0.0, low - 3), 101)
+    axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
@@ -120,8 +119,8 @@ def draw_history(curves: Sequence[Curve], *, score: str, goal: float | None = No
     axes.spines["bottom"].set_color("#cbd2d9")
     axes.tick_params(colors=MUTED, labelsize=8, length=0)
     axes.set_xlabel("epoch", color=MUTED, fontsize=9)
-    axes.set_ylabel(score, color=MUTED, fontsize=9)
-    axes.legend(frameon=False, fontsize=8, loc="lower right", labelcolor=INK)
+    axes.set_ylabel(label, color=MUTED, fontsize=9)
+    axes.legend(frameon=False, fontsize=8, loc="best", labelcolor=INK)
     return figure
 
 

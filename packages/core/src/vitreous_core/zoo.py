@@ -126,8 +126,8 @@ def _read_index(paper: Paper) -> list[ModelCard]:
 
 def _read_model(paper: Paper, entry: dict[str, Any], collections: dict[str, Any]) -> ModelCard:
     collection = collections[entry["In Collection"]]
-    metadata = entry.get("Metadata", {})
-    accuracies = [result.get("Metrics", {}).get("Top 1 Accuracy") for result in entry.get("Results") or ()]
+    details = entry.get("Metadata") or {}
+    accuracies = [(result.get("Metrics") or {}).get("Top 1 Accuracy") for result in entry.get("Results") or ()]
     return ModelCard(
         name=entry["Name"],
         paper=paper,
@@ -135,8 +135,8 @@ def _read_model(paper: Paper, entry: dict[str, Any], collections: dict[str, Any]
         family=collection["Name"],
         paper_title=collection.get("Paper", {}).get("Title", ""),
         paper_url=collection.get("Paper", {}).get("URL", ""),
-        parameters=metadata.get("Parameters"),
-        macs=metadata.get("FLOPs"),
+        parameters=details.get("Parameters"),
+        macs=details.get("FLOPs"),
         top1=next((accuracy for accuracy in accuracies if accuracy is not None), None),
         weights=entry.get("Weights"),
     )
