@@ -40,9 +40,7 @@ def golden_values(name: str, shape: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(_scaled(name, noise), dtype=np.float32)
 
 
-def golden_state(
-    state: Mapping[str, Tensor], rename: Callable[[str], str | None] | None = None
-) -> dict[str, Tensor]:
+def golden_state(state: Mapping[str, Tensor], rename: Callable[[str], str | None] | None = None) -> dict[str, Tensor]:
     """A copy of `state` whose floating entries follow the rule; shapes, dtypes, devices and keys are kept.
 
     Integer entries and the buffers that a model derives from its settings (`attn_mask`,
@@ -122,9 +120,7 @@ def golden_path(package_tests_dir: str | Path, filename: str) -> Path:
             return candidate
     import pytest  # a test tool: the package itself does not depend on it
 
-    pytest.skip(
-        f"golden file {filename} is neither in {tests.name}/golden nor in shared/golden beside the checkout"
-    )
+    pytest.skip(f"golden file {filename} is neither in {tests.name}/golden nor in shared/golden beside the checkout")
 
 
 def _scaled(name: str, noise: np.ndarray) -> np.ndarray:

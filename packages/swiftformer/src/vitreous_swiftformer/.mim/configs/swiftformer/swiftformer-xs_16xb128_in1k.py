@@ -8,6 +8,9 @@ _base_ = [
 model = dict(backbone=dict(arch='xs'), head=dict(in_channels=220))
 
 # Without RandAugment the official script jitters colours instead.
-_base_.train_dataloader.dataset.pipeline[3] = dict(
-    type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4, backend='pillow'
-)
+train_pipeline = [
+    *_base_.train_pipeline[:3],
+    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4, backend='pillow'),
+    *_base_.train_pipeline[4:],
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
