@@ -82,7 +82,7 @@ def assert_same(ours, theirs, inputs, *args, seed=None, atol=1e-12):
 @pytest.mark.parametrize("shift", [0, 3])
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_equals_mmpretrain_on_maps(draw, fill, version, shift, shape):
-    options = dict(embed_dims=12, num_heads=3, window_size=7, shift_size=shift, pad_small_map=True)
+    options = {"embed_dims": 12, "num_heads": 3, "window_size": 7, "shift_size": shift, "pad_small_map": True}
     ours = FlashShiftWindowMSA(**options, window_msa=FlashWindowMSA if version == "v1" else FlashWindowMSAV2)
     theirs = ShiftWindowMSA(**options, window_msa=WindowMSA if version == "v1" else WindowMSAV2)
     assert_same(*both(ours, theirs, fill), draw(2, shape[0] * shape[1], 12), shape)
@@ -92,7 +92,7 @@ def test_a_map_of_the_windows_size_is_not_shifted_unless_padded(draw, fill):
     x = draw(2, 7 * 9, 8)
     outputs = []
     for pad in (False, True):
-        options = dict(embed_dims=8, num_heads=2, window_size=7, shift_size=3, pad_small_map=pad)
+        options = {"embed_dims": 8, "num_heads": 2, "window_size": 7, "shift_size": 3, "pad_small_map": pad}
         ours, theirs = both(FlashShiftWindowMSA(**options), ShiftWindowMSA(**options), fill)
         assert_same(ours, theirs, x, (7, 9))
         outputs.append(ours(x, (7, 9)))
@@ -103,7 +103,7 @@ def test_a_map_of_the_windows_size_is_not_shifted_unless_padded(draw, fill):
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_equals_mmpretrain_on_cut_windows(draw, fill, version, qkv_bias):
     flash, plain = (FlashWindowMSA, WindowMSA) if version == "v1" else (FlashWindowMSAV2, WindowMSAV2)
-    options = dict(embed_dims=12, window_size=(3, 5), num_heads=3, qkv_bias=qkv_bias)
+    options = {"embed_dims": 12, "window_size": (3, 5), "num_heads": 3, "qkv_bias": qkv_bias}
     ours, theirs = both(flash(**options), plain(**options), fill)
     assert_same(ours, theirs, draw(4, 15, 12))
     mask = torch.where(draw(2, 15, 15) > 0, 0.0, -100.0).double()
@@ -111,7 +111,14 @@ def test_equals_mmpretrain_on_cut_windows(draw, fill, version, qkv_bias):
 
 
 def test_dropout_rates_and_scale_are_mmpretrains(draw, fill):
-    options = dict(embed_dims=8, window_size=(4, 4), num_heads=2, qk_scale=0.3, attn_drop=0.3, proj_drop=0.2)
+    options = {
+        "embed_dims": 8,
+        "window_size": (4, 4),
+        "num_heads": 2,
+        "qk_scale": 0.3,
+        "attn_drop": 0.3,
+        "proj_drop": 0.2,
+    }
     ours, theirs = both(FlashWindowMSA(**options), WindowMSA(**options), fill)
     assert_same(ours, theirs, draw(4, 16, 8), seed=5)
     assert_same(ours.eval(), theirs.eval(), draw(4, 16, 8))

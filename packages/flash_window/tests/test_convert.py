@@ -93,7 +93,7 @@ def test_missing_and_surplus_keys_are_named(model):
 
 
 def test_keys_that_are_not_a_classifiers_are_refused():
-    with pytest.raises(StateMismatch, match="keys must start with 'backbone.' or 'head.fc.'; got 'neck.weight'"):
+    with pytest.raises(StateMismatch, match=r"keys must start with 'backbone\.' or 'head\.fc\.'; got 'neck\.weight'"):
         to_official({"neck.weight": torch.zeros(1)})
     with pytest.raises(StateMismatch, match="four pixels"):
         from_official({"layers.0.downsample.reduction.weight": torch.zeros(2, 6)})

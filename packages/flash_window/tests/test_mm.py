@@ -43,7 +43,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", DIGITS)
     def test_with_other_stages_and_classes(self, name):
-        model = get_model(name, backbone=dict(out_indices=(0, 1)), head=dict(num_classes=3)).eval()
+        model = get_model(name, backbone={"out_indices": (0, 1)}, head={"num_classes": 3}).eval()
         maps = model.extract_feat(torch.zeros(1, 3, 48, 40), stage="backbone")
         assert [tuple(m.shape) for m in maps] == [(1, 32, 12, 10), (1, 64, 6, 5)]
         assert model(torch.zeros(1, 3, 48, 40)).shape == (1, 3)
@@ -55,18 +55,14 @@ class TestNames:
         assert len(ImageClassificationInferencer(DIGITS[1])([image, image])) == 2
 
     def test_modules_build_from_configs(self):
-        attention = MODELS.build(
-            dict(type="FlashShiftWindowMSA", embed_dims=8, num_heads=2, window_size=4, init_cfg=None)
-        )
-        assert isinstance(attention, FlashShiftWindowMSA)
-        init = dict(type="Constant", layer="Linear", val=0.5)
-        window = MODELS.build(dict(type="FlashWindowMSA", embed_dims=8, num_heads=2, window_size=4, init_cfg=init))
+        sizes = {"embed_dims": 8, "num_heads": 2, "window_size": 4}
+        assert isinstance(MODELS.build({"type": "FlashShiftWindowMSA", **sizes, "init_cfg": None}), FlashShiftWindowMSA)
+        init = {"type": "Constant", "layer": "Linear", "val": 0.5}
+        window = MODELS.build({"type": "FlashWindowMSA", **sizes, "init_cfg": init})
         window.init_weights()
         assert isinstance(window, FlashWindowMSA)
         assert (window.proj.weight == 0.5).all()
-        assert MODELS.build(dict(type="FlashWindowMSAV2", embed_dims=8, num_heads=2, window_size=4))(
-            torch.zeros(1, 16, 8)
-        ).shape == (1, 16, 8)
+        assert MODELS.build({"type": "FlashWindowMSAV2", **sizes})(torch.zeros(1, 16, 8)).shape == (1, 16, 8)
 
 
 class TestRecipe:
@@ -76,7 +72,7 @@ class TestRecipe:
         recipe = config(V1[0])
         parameter = nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([parameter], lr=recipe.optim_wrapper.optimizer.lr)
-        settings = [s | dict(optimizer=optimizer, convert_to_iter_based=False) for s in recipe.param_scheduler]
+        settings = [s | {"optimizer": optimizer, "convert_to_iter_based": False} for s in recipe.param_scheduler]
         schedulers = [PARAM_SCHEDULERS.build(s) for s in settings]
         assert recipe.train_cfg.max_epochs == 300
         for epoch in range(300):
@@ -103,7 +99,7 @@ class TestRecipe:
         for key, parameter in model.named_parameters():
             spared = parameter.ndim == 1 or key.endswith(exempt)
             assert decays[id(parameter)] == (0.0 if spared else 0.05), key
-        assert recipe.optim_wrapper.clip_grad == dict(max_norm=5.0)
+        assert recipe.optim_wrapper.clip_grad == {"max_norm": 5.0}
 
     def test_batch_and_augmentation(self):
         for name in (*V1, *V2):
@@ -154,7 +150,7 @@ class TestLoading:
         source = digits_model()
         path = tmp_path / "source.pth"
         torch.save({"state_dict": source.state_dict()}, path)
-        init = dict(type="Pretrained", checkpoint=str(path), prefix="backbone.")
+        init = {"type": "Pretrained", "checkpoint": str(path), "prefix": "backbone."}
         target = digits_model(**{"backbone.init_cfg": init})
         expected = source.backbone.state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in target.backbone.state_dict().items())
@@ -163,7 +159,7 @@ class TestLoading:
         source = digits_model()
         path = tmp_path / "source.pth"
         torch.save({"state_dict": source.state_dict()}, path)
-        model = get_model(DIGITS[0], pretrained=str(path), backbone=dict(window_size=8))
+        model = get_model(DIGITS[0], pretrained=str(path), backbone={"window_size": 8})
         table = model.backbone.stages[0].blocks[0].attn.w_msa.relative_position_bias_table
         assert table.shape == (225, 2)
         assert table.detach().abs().sum() > 0
@@ -180,9 +176,9 @@ class TestLoading:
 
 
 def test_layer_wise_learning_rates():
-    settings = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1.0))
+    settings = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.1}}
     model = digits_model()
-    wrapper = LearningRateDecayOptimWrapperConstructor(settings, dict(layer_decay_rate=0.5))(model)
+    wrapper = LearningRateDecayOptimWrapperConstructor(settings, {"layer_decay_rate": 0.5})(model)
     rates = {id(group["params"][0]): group["lr"] for group in wrapper.param_groups}
     assert rates[id(model.head.fc.weight)] == 1.0
     assert rates[id(model.backbone.stages[1].blocks[1].norm1.weight)] == 0.5

@@ -113,14 +113,18 @@ def test_equals_mmpretrain_at_changing_sizes(draw, fill, version):
 @pytest.mark.parametrize(
     ("version", "size", "options"),
     [
-        ("v1", (49, 133), dict(pad_small_map=True, out_after_downsample=True, out_indices=(0, 2))),
-        ("v1", (130, 113), dict(drop_rate=0.1, stage_cfgs=dict(block_cfgs=dict(attn_cfgs=dict(attn_drop=0.2))))),
-        ("v1", (128, 128), dict(stage_cfgs=[dict(block_cfgs=dict(window_size=w)) for w in (8, 4, 8)])),
-        ("v1", (113, 112), dict(in_channels=1, patch_size=2, stage_cfgs=dict(downsample_cfg=dict(kernel_size=3)))),
-        ("v1", (112, 112), dict(patch_cfg=dict(kernel_size=7, stride=4, padding="same", bias=False), norm_cfg=None)),
-        ("v1", (112, 112), dict(stage_cfgs=dict(block_cfgs=dict(ffn_ratio=2, attn_cfgs=dict(qkv_bias=False))))),
-        ("v2", (64, 100), dict(pad_small_map=True, window_size=[8, 8, 16], pretrained_window_sizes=[6, 0, 12])),
-        ("v2", (128, 128), dict(stage_cfgs=dict(block_cfgs=dict(ffn_cfgs=dict(act_cfg=dict(type="ReLU")))))),
+        ("v1", (49, 133), {"pad_small_map": True, "out_after_downsample": True, "out_indices": (0, 2)}),
+        ("v1", (130, 113), {"drop_rate": 0.1, "stage_cfgs": {"block_cfgs": {"attn_cfgs": {"attn_drop": 0.2}}}}),
+        ("v1", (128, 128), {"stage_cfgs": [{"block_cfgs": {"window_size": w}} for w in (8, 4, 8)]}),
+        ("v1", (113, 112), {"in_channels": 1, "patch_size": 2, "stage_cfgs": {"downsample_cfg": {"kernel_size": 3}}}),
+        (
+            "v1",
+            (112, 112),
+            {"patch_cfg": {"kernel_size": 7, "padding": "same", "bias": False}, "norm_cfg": None},
+        ),
+        ("v1", (112, 112), {"stage_cfgs": {"block_cfgs": {"ffn_ratio": 2, "attn_cfgs": {"qkv_bias": False}}}}),
+        ("v2", (64, 100), {"pad_small_map": True, "window_size": [8, 8, 16], "pretrained_window_sizes": [6, 0, 12]}),
+        ("v2", (128, 128), {"stage_cfgs": {"block_cfgs": {"ffn_cfgs": {"act_cfg": {"type": "ReLU"}}}}}),
     ],
     ids=[
         "small-maps",
@@ -141,18 +145,18 @@ def test_constructor_arguments_mean_what_mmpretrains_mean(draw, fill, version, s
 
 
 def test_equals_mmpretrain_at_384_with_window_12(draw, fill):
-    options = dict(
-        arch={"embed_dims": 8, "depths": (2, 1, 1, 2), "num_heads": (1, 1, 2, 4)},
-        img_size=384,
-        out_indices=(3,),
-        stage_cfgs=dict(block_cfgs=dict(window_size=12)),
-    )
+    options = {
+        "arch": {"embed_dims": 8, "depths": (2, 1, 1, 2), "num_heads": (1, 1, 2, 4)},
+        "img_size": 384,
+        "out_indices": (3,),
+        "stage_cfgs": {"block_cfgs": {"window_size": 12}},
+    }
     assert_same(*matched("v1", fill, **options), draw(1, 3, 384, 384), TOLERANCE["v1"])
 
 
 @pytest.mark.parametrize("version", PAIRS)
 def test_absolute_position_embedding(draw, fill, version):
-    options = dict(use_abs_pos_embed=True, img_size=128, window_size=4, out_indices=(2,))
+    options = {"use_abs_pos_embed": True, "img_size": 128, "window_size": 4, "out_indices": (2,)}
     ours, theirs = matched(version, fill, **options)
     assert_same(ours, theirs, draw(1, 3, 128, 128), TOLERANCE[version])
     if version == "v1":
@@ -200,7 +204,7 @@ class TestTraining:
     def test_norm_eval_stops_batch_norms_only(self):
         for norm_eval in (True, False):
             model = FlashSwinTransformer(
-                ARCH, window_size=4, norm_eval=norm_eval, norm_cfg=dict(type=TokenBatchNorm), out_indices=2
+                ARCH, window_size=4, norm_eval=norm_eval, norm_cfg={"type": TokenBatchNorm}, out_indices=2
             ).train()
             assert model.norm2.training is not norm_eval
             assert model.stages[0].blocks[0].norm1.training
@@ -311,8 +315,9 @@ def test_whole_model_in_low_precision(draw, version, dtype):
 @pytest.mark.parametrize("version", PAIRS)
 def test_whole_graph_compiles(draw, version):
     flash, _, arch = PAIRS[version]
-    model = flash(arch, window_size=4, out_indices=(0, 2), use_abs_pos_embed=True).double().eval()
-    x = draw(2, 3, 66, 90)
+    arch = {**arch, "depths": (2, 1), "num_heads": (1, 2)}
+    model = flash(arch, window_size=4, out_indices=(0, 1), use_abs_pos_embed=True).double().eval()
+    x = draw(1, 3, 34, 46)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for got, expected in zip(compiled(x), model(x), strict=True):
         assert torch.equal(got, expected)

@@ -70,7 +70,7 @@ def test_defaults_no_bias_zero_padding(draw):
 def test_the_region_mask_is_there(draw):
     # The official kernel takes no mask (defect 1): a pixel at one edge must not see the other edge.
     qkv = draw(1, 8, 8, 3 * 4)
-    options = dict(num_heads=1, window_size=4, shift_size=2, backend="torch")
+    options = {"num_heads": 1, "window_size": 4, "shift_size": 2, "backend": "torch"}
     out = shifted_window_attention(qkv, **options)
     changed = qkv.clone()
     changed[0, 7] += 5.0
@@ -168,7 +168,7 @@ def test_table_gradient_is_summed_in_float32_and_deterministic(draw):
 def test_any_strides_and_changing_sizes(draw):
     for batch, height, width in ((3, 6, 9), (1, 9, 6), (0, 4, 4)):
         qkv = draw(height, 12, batch, width).permute(2, 0, 3, 1)
-        options = dict(num_heads=2, window_size=3, shift_size=1, backend="torch")
+        options = {"num_heads": 2, "window_size": 3, "shift_size": 1, "backend": "torch"}
         out = shifted_window_attention(qkv, draw(25, 2), **options)
         assert out.shape == (batch, height, width, 4)
         torch.testing.assert_close(
@@ -178,7 +178,14 @@ def test_any_strides_and_changing_sizes(draw):
 
 def test_autocast_takes_float32_parameters(draw):
     qkv, table, pad = (draw(*s, dtype=torch.float32) for s in ((1, 5, 5, 24), (9, 2), (24,)))
-    options = dict(num_heads=2, window_size=2, shift_size=1, pad_qkv=pad, logit_scale=torch.ones(2), backend="torch")
+    options = {
+        "num_heads": 2,
+        "window_size": 2,
+        "shift_size": 1,
+        "pad_qkv": pad,
+        "logit_scale": torch.ones(2),
+        "backend": "torch",
+    }
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = shifted_window_attention(qkv, table, **options)
     assert out.dtype == torch.bfloat16
@@ -198,7 +205,7 @@ def test_only_one_score_array_is_kept_for_the_backward_pass(draw):
 
 def test_whole_graph_compiles(draw):
     qkv, table, pad = draw(2, 5, 7, 24), draw(49, 2), draw(24)
-    options = dict(num_heads=2, window_size=4, shift_size=2, pad_qkv=pad, backend="auto")
+    options = {"num_heads": 2, "window_size": 4, "shift_size": 2, "pad_qkv": pad, "backend": "auto"}
     compiled = torch.compile(shifted_window_attention, fullgraph=True, backend="eager")
     assert torch.equal(compiled(qkv, table, **options), shifted_window_attention(qkv, table, **options))
 

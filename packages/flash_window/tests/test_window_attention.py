@@ -60,7 +60,7 @@ def test_gradients_of_every_input(draw):
         return window_attention(query, key, value, bias, mask, scale=0.6, backend="torch")
 
     assert torch.autograd.gradcheck(run, tensors)
-    assert torch.autograd.gradgradcheck(run, tensors[:4] + [tensors[4].detach()])
+    assert torch.autograd.gradgradcheck(run, [*tensors[:4], tensors[4].detach()])
 
 
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
@@ -128,7 +128,7 @@ def test_bias_gradient_is_deterministic(draw):
 
 def test_any_strides(draw):
     packed = draw(3, 9, 2, 3, 8)  # [B*W, N, H, qkv, D]
-    query, key, value = packed.permute(3, 0, 2, 1, 4)
+    query, key, _value = packed.permute(3, 0, 2, 1, 4)
     expanded = key[:1].expand(3, -1, -1, -1)
     sliced = draw(3, 2, 9, 16)[..., ::2]
     out = window_attention(query, expanded, sliced, backend="torch")
