@@ -38,16 +38,22 @@ class Tiles:
     """One side's work, cut for matrix tiles of one height.
 
     Args:
-        table: int32 `[T, 8]`: half-open ranges of the rows' own cells (y, then x) and of the cells to visit (y, then
-            x). On the sequence y is 0..1 and x the token. For blocks: the first row within its bit block, 0, the
-            tokens, 0, 0, and a range of entries of `Side.bounds`.
+        table: int32 `[T, 9]`: half-open ranges of the rows' own cells (y, then x) and of the cells to visit (y, then
+            x), and a shift. On the sequence y is 0..1 and x the token. For blocks: the first row within its bit
+            block, 0, the tokens, 0, 0, and a range of entries of `Side.bounds`.
+            The visited rectangle is walked row by row, each row padded to `2 ** shift` columns: then telling
+            y from x takes a shift and a mask, and x does not change from step to step.
         masked: whether some row of some tile sees less than its tile visits.
         closed: whether every tile visits exactly its own cells.
+        column_multiple: a number that divides the columns of every tile, 1 if any has padding.
+        row_multiple: a number that divides the rows of every tile.
     """
 
     table: Tensor
     masked: bool
     closed: bool
+    column_multiple: int
+    row_multiple: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +168,10 @@ def _block_side(pair: NDArray[np.int64], bits: NDArray[np.int32], length: int) -
         start = np.arange(0, length, min(rows, BIT_BLOCK))
         stop = np.minimum(start + min(rows, BIT_BLOCK), length)
         block, zero = start // BIT_BLOCK, np.zeros_like(start)
-        table = np.stack((start % BIT_BLOCK, zero, start, stop, zero, zero, first[block], first[block + 1]), axis=1)
-        all_tiles.append(Tiles(_tensor(table), masked=True, closed=False))
+        table = np.stack(
+            (start % BIT_BLOCK, zero, start, stop, zero, zero, first[block], first[block + 1], zero), axis=1
+        )
+        all_tiles.append(Tiles(_tensor(table), masked=True, closed=False, column_multiple=1, row_multiple=1))
     bounds = np.stack((pair[entries, 1], entries), axis=1)
     # An empty mask still needs something to point at.
     bits = bits if len(bits) else np.zeros((1, BIT_BLOCK, BIT_BLOCK // 32), dtype=np.int32)
@@ -178,31 +186,48 @@ def _packed(tiles: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 def _sequence_tiles(axis: Axis, rows: int) -> Tiles:
     cuts = _cut_axis(*axis, rows)
-    table = np.zeros((len(cuts), 8), dtype=np.int32)
+    table = np.zeros((len(cuts), 9), dtype=np.int32)
     table[:, (1, 5)] = 1
     table[:, 2:4], table[:, 6:8] = cuts[:, :2], cuts[:, 2:4]
-    return Tiles(_tensor(table), masked=not cuts[:, 4].all(), closed=bool(cuts[:, 5].all()))
+    return Tiles(
+        _tensor(table),
+        masked=not cuts[:, 4].all(),
+        closed=bool(cuts[:, 5].all()),
+        column_multiple=int(np.gcd.reduce(cuts[:, 3] - cuts[:, 2])),
+        row_multiple=int(np.gcd.reduce(cuts[:, 1] - cuts[:, 0])),
+    )
 
 
 def _image_tiles(y: Axis, x: Axis, rows: int) -> Tiles:
     best, least = None, np.inf
     for tall in _tile_heights(y, x, rows):
         down, across = _cut_axis(*y, tall), _cut_axis(*x, rows // tall)
-        visited = (down[:, 3] - down[:, 2])[:, None] * (across[:, 3] - across[:, 2])
-        # Matrix tiles of 32 columns, plus what starting a tile costs, in columns.
+        visited = (down[:, 3] - down[:, 2])[:, None] << _shifts(across)
+        # Matrix tiles of 32 columns, plus what starting a tile costs, in columns; the squarer of equals.
         cost = (-(-visited // 32) * 32 + 64).sum() + 1e-3 * abs(tall - rows // tall)
         if cost < least:
             best, least = (down, across), cost
     assert best is not None
     down, across = best
-    table = np.empty((len(down), len(across), 8), dtype=np.int32)
+    shift = _shifts(across)
+    table = np.empty((len(down), len(across), 9), dtype=np.int32)
     table[..., 0:2], table[..., 2:4] = down[:, None, :2], across[None, :, :2]
     table[..., 4:6], table[..., 6:8] = down[:, None, 2:4], across[None, :, 2:4]
+    table[..., 8] = shift
+    visited = (down[:, 3] - down[:, 2])[:, None] << shift
+    is_padded = (across[:, 3] - across[:, 2] != 1 << shift).any()
     return Tiles(
-        _tensor(table.reshape(-1, 8)),
+        _tensor(table.reshape(-1, 9)),
         masked=not (down[:, 4].all() and across[:, 4].all()),
         closed=bool(down[:, 5].all() and across[:, 5].all()),
+        column_multiple=1 if is_padded else int(np.gcd.reduce(visited.ravel())),
+        row_multiple=int(np.gcd.reduce(np.outer(down[:, 1] - down[:, 0], across[:, 1] - across[:, 0]).ravel())),
     )
+
+
+def _shifts(cuts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Exponents of the powers of two that hold what each cut visits."""
+    return np.frexp(cuts[:, 3] - cuts[:, 2] - 1)[1]
 
 
 def _tile_heights(y: Axis, x: Axis, rows: int) -> list[int]:

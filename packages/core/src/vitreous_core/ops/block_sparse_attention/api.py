@@ -84,6 +84,9 @@ def block_sparse_attention(
     seed = _seed(dropout_seed, query.device) if dropout_p > 0 else None
     layout = layout.to(query.device)
     if backend == "triton":
+        # The kernels want a positive scale.
+        if scale <= 0:
+            query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
         return contracts.attention(query, key, value, layout, bias, scale, dropout_p, seed)
     if query.numel() == 0:
         return torch.zeros_like(query)

@@ -39,7 +39,8 @@ class Facts(NamedTuple):
 
     Args:
         geometry, height, width: of the schedule.
-        forward_masked, dq_masked, dkv_masked, closed_masked, bias_masked: whether that pass has to mask.
+        forward_steps, dq_steps, dkv_steps, closed_steps, bias_steps: 0 when rows of that pass differ in what they
+            see; else a number that divides the columns of every tile (the rows for the closed pass).
         bias: which kind, one of the constants above.
         image_width, code_width, centre: of the bias: row length of the image, of the table, index of offset zero.
     """
@@ -47,11 +48,11 @@ class Facts(NamedTuple):
     geometry: int
     height: int
     width: int
-    forward_masked: int
-    dq_masked: int
-    dkv_masked: int
-    closed_masked: int
-    bias_masked: int
+    forward_steps: int
+    dq_steps: int
+    dkv_steps: int
+    closed_steps: int
+    bias_steps: int
     bias: int
     image_width: int
     code_width: int
@@ -77,12 +78,13 @@ def attention(
     )  # fmt: skip
     facts = Facts(
         schedule.geometry, schedule.height, schedule.width,
-        forward.masked, dq.masked, dkv.masked, closed.masked, of_bias.masked, kind, *numbers,
+        *(0 if tiles.masked else tiles.column_multiple for tiles in (forward, dq, dkv)),
+        0 if closed.masked else closed.row_multiple, 0 if of_bias.masked else of_bias.column_multiple,
+        kind, *numbers,
     )  # fmt: skip
     tiling = [number for tile in config for number in tile]
     out, _ = block_sparse_attention(
-        query, key, value, table, cells, dropout_seed, list(tables), [int(fact) for fact in facts], tiling, scale,
-        dropout_p,
+        query, key, value, table, cells, dropout_seed, list(tables), list(facts), tiling, scale, dropout_p,
     )  # fmt: skip
     return out
 

@@ -17,18 +17,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Facts, Tables
-from .arguments import base2_table, device_of, dot_precision, dropout_numbers, padded_head_dim
+from .arguments import (
+    bias_arguments,
+    device_of,
+    dot_precision,
+    dropout_numbers,
+    mask_level,
+    padded_head_dim,
+)
 from .bias_gradient import launch_bias_gradient
 from .configs import Tile
 from .primitives import (
     LOG2E,
-    add_bias,
     bias_code,
     column_cells,
     count_columns,
     dropout_keep,
+    initial_scores,
     load_tile,
-    reciprocal,
+    raw_scores,
     row_bounds,
     row_cells,
     row_pointers,
@@ -38,7 +45,7 @@ from .primitives import (
 
 @triton.jit
 def _bsa_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, bias_ptr, cell_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, bias_ptr, code_ptr, seed_ptr,
     tiles_ptr, bounds_ptr, bits_ptr, position_ptr,
     stride_qb, stride_qh, stride_ql, stride_qd,
     stride_kb, stride_kh, stride_kl, stride_kd,
@@ -46,10 +53,10 @@ def _bsa_bwd_dq_kernel(
     stride_ob, stride_oh, stride_ol, stride_od,
     stride_gb, stride_gh, stride_gl, stride_gd,
     stride_dqb, stride_dqh, stride_dql, stride_dqd,
-    stride_bh, bias_centre, image_width, code_width,
+    stride_bh, bias_centre, bias_scale, code_width,
     heads, group, tile_count, length, height, width, scale, scale_log2, threshold, keep_scale,
-    GEOMETRY: tl.constexpr, MASKED: tl.constexpr, HAS_POSITION: tl.constexpr,
-    BIAS: tl.constexpr, HAS_CELLS: tl.constexpr, DROPOUT: tl.constexpr,
+    GEOMETRY: tl.constexpr, MASK: tl.constexpr, HAS_POSITION: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,33 +81,27 @@ def _bsa_bwd_dq_kernel(
     row_offset = batch_head.to(tl.int64) * length + query_token
     tl.store(delta_ptr + row_offset, delta, mask=is_row)
     lse = tl.load(lse_ptr + row_offset)
-    query_code = query_token
-    if (BIAS == 1) | (BIAS == 2):
-        query_code = bias_code(cell_ptr, query_token, image_width, code_width, BIAS, HAS_CELLS)
+    query_code = bias_code(code_ptr, row_y, row_x, query_token, code_width, BIAS)
 
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    columns = count_columns(tile, GEOMETRY)
-    multiplier = reciprocal(tile, GEOMETRY)
-    for start in range(0, columns, BLOCK_N):
+    for start in range(0, count_columns(tile, GEOMETRY), BLOCK_N):
         column_y, column_x, key_token = column_cells(
-            tile, start, columns, multiplier, position_ptr, bounds_ptr, width, length,
-            GEOMETRY, HAS_POSITION, BLOCK_N,
-        )  # fmt: skip
+            tile, start, position_ptr, bounds_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_N
+        )
         k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
         v = tl.load(row_pointers(v_base, key_token, stride_vl, stride_vd, offs_d), mask=mask_d, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        visible = visible_pairs(bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASKED)
+        visible = visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASK)
+        initial = 0.0
         if BIAS > 0:
-            key_code = key_token
-            if BIAS < 3:
-                key_code = bias_code(cell_ptr, key_token, image_width, code_width, BIAS, HAS_CELLS)
-            scores = add_bias(
-                scores, bias_ptr, head, query_code[:, None], key_code[None, :], query_token[:, None],
-                key_token[None, :], visible, bias_centre, stride_bh, length, BIAS,
+            key_code = bias_code(code_ptr, column_y, column_x, key_token, code_width, BIAS)
+            initial = initial_scores(
+                bias_ptr, head, query_code[:, None], key_code[None, :], query_token[:, None], key_token[None, :],
+                visible, bias_centre, stride_bh, length, bias_scale, BIAS, MASK,
             )  # fmt: skip
-        weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
+        scores = raw_scores(q, k, initial, visible, BIAS, MASK, PRECISION)
+        weights = tl.exp2(scores * scale_log2 - lse[:, None])
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             keep = dropout_keep(seed_ptr, batch_head, query_token[:, None], key_token[None, :], threshold)
@@ -115,7 +116,7 @@ def _bsa_bwd_dq_kernel(
 
 @triton.jit
 def _bsa_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, cell_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, code_ptr, seed_ptr,
     tiles_ptr, bounds_ptr, bits_ptr, position_ptr,
     stride_qb, stride_qh, stride_ql, stride_qd,
     stride_kb, stride_kh, stride_kl, stride_kd,
@@ -123,10 +124,10 @@ def _bsa_bwd_dkv_kernel(
     stride_gb, stride_gh, stride_gl, stride_gd,
     stride_dkb, stride_dkh, stride_dkl, stride_dkd,
     stride_dvb, stride_dvh, stride_dvl, stride_dvd,
-    stride_bh, bias_centre, image_width, code_width,
+    stride_bh, bias_centre, bias_scale, code_width,
     heads, tile_count, length, height, width, scale, scale_log2, threshold, keep_scale,
-    GEOMETRY: tl.constexpr, MASKED: tl.constexpr, HAS_POSITION: tl.constexpr,
-    BIAS: tl.constexpr, HAS_CELLS: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr,
+    GEOMETRY: tl.constexpr, MASK: tl.constexpr, HAS_POSITION: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,14 +146,10 @@ def _bsa_bwd_dkv_kernel(
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
     v = tl.load(row_pointers(v_base, key_token, stride_vl, stride_vd, offs_d), mask=mask_d, other=0.0)
-    key_code = key_token
-    if (BIAS == 1) | (BIAS == 2):
-        key_code = bias_code(cell_ptr, key_token, image_width, code_width, BIAS, HAS_CELLS)
+    key_code = bias_code(code_ptr, row_y, row_x, key_token, code_width, BIAS)
 
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    columns = count_columns(tile, GEOMETRY)
-    multiplier = reciprocal(tile, GEOMETRY)
     for member in range(GROUP):
         wide_head = kv_head * GROUP + member
         head = wide_head.to(tl.int32)
@@ -160,26 +157,24 @@ def _bsa_bwd_dkv_kernel(
         g_base = dout_ptr + batch * stride_gb + wide_head * stride_gh
         batch_head = (batch * heads + wide_head).to(tl.int32)
         row_base = (batch * heads + wide_head) * length
-        for start in range(0, columns, BLOCK_N):
+        for start in range(0, count_columns(tile, GEOMETRY), BLOCK_N):
             column_y, column_x, query_token = column_cells(
-                tile, start, columns, multiplier, position_ptr, bounds_ptr, width, length,
-                GEOMETRY, HAS_POSITION, BLOCK_N,
-            )  # fmt: skip
+                tile, start, position_ptr, bounds_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_N
+            )
             q = tl.load(row_pointers(q_base, query_token, stride_ql, stride_qd, offs_d), mask=mask_d, other=0.0)
             dout = tl.load(row_pointers(g_base, query_token, stride_gl, stride_gd, offs_d), mask=mask_d, other=0.0)
             lse = tl.load(lse_ptr + row_base + query_token)
             delta = tl.load(delta_ptr + row_base + query_token)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [keys, queries]
-            visible = visible_pairs(bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASKED)
+            visible = visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASK)
+            initial = 0.0
             if BIAS > 0:
-                query_code = query_token
-                if BIAS < 3:
-                    query_code = bias_code(cell_ptr, query_token, image_width, code_width, BIAS, HAS_CELLS)
-                scores = add_bias(
-                    scores, bias_ptr, head, query_code[None, :], key_code[:, None], query_token[None, :],
-                    key_token[:, None], visible, bias_centre, stride_bh, length, BIAS,
+                query_code = bias_code(code_ptr, column_y, column_x, query_token, code_width, BIAS)
+                initial = initial_scores(
+                    bias_ptr, head, query_code[None, :], key_code[:, None], query_token[None, :],
+                    key_token[:, None], visible, bias_centre, stride_bh, length, bias_scale, BIAS, MASK,
                 )  # fmt: skip
-            weights = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+            scores = raw_scores(k, q, initial, visible, BIAS, MASK, PRECISION)  # [keys, queries]
+            weights = tl.exp2(scores * scale_log2 - lse[None, :])
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = weights
             if DROPOUT:
@@ -201,7 +196,7 @@ def _bsa_bwd_dkv_kernel(
 
 @triton.jit
 def _bsa_bwd_closed_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, cell_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, code_ptr,
     seed_ptr, tiles_ptr, bounds_ptr, position_ptr,
     stride_qb, stride_qh, stride_ql, stride_qd,
     stride_kb, stride_kh, stride_kl, stride_kd,
@@ -211,10 +206,10 @@ def _bsa_bwd_closed_kernel(
     stride_dqb, stride_dqh, stride_dql, stride_dqd,
     stride_dkb, stride_dkh, stride_dkl, stride_dkd,
     stride_dvb, stride_dvh, stride_dvl, stride_dvd,
-    stride_bh, bias_centre, image_width, code_width,
+    stride_bh, bias_centre, bias_scale, code_width,
     heads, tile_count, length, height, width, scale, scale_log2, threshold, keep_scale,
-    GEOMETRY: tl.constexpr, MASKED: tl.constexpr, HAS_POSITION: tl.constexpr,
-    BIAS: tl.constexpr, HAS_CELLS: tl.constexpr, DROPOUT: tl.constexpr,
+    GEOMETRY: tl.constexpr, MASK: tl.constexpr, HAS_POSITION: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All of dq, dk, dv of a tile that sees exactly itself. Grid: tiles x images x heads (no groups)."""
@@ -228,11 +223,8 @@ def _bsa_bwd_closed_kernel(
     mask_d = (offs_d < HEAD_DIM)[None, :]
     row_y, row_x, token, is_row = row_cells(tile, position_ptr, width, GEOMETRY, HAS_POSITION, BLOCK_M)
     bounds = row_bounds(bounds_ptr, row_y, row_x, height, GEOMETRY)
-    columns = count_columns(tile, GEOMETRY)
-    multiplier = reciprocal(tile, GEOMETRY)
-    column_y, column_x, key_token = column_cells(
-        tile, 0, columns, multiplier, position_ptr, bounds_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_M
-    )
+    # The columns are the rows again; those of padding lie where no bounds reach.
+    column_x = tl.where(is_row, row_x, tile[7])
     q_base = q_ptr + batch * stride_qb + wide_head * stride_qh
     k_base = k_ptr + batch * stride_kb + wide_head * stride_kh
     v_base = v_ptr + batch * stride_vb + wide_head * stride_vh
@@ -250,22 +242,20 @@ def _bsa_bwd_closed_kernel(
     tl.store(delta_ptr + row_offset, delta, mask=is_row)
     lse = tl.load(lse_ptr + row_offset)
 
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    visible = visible_pairs(bounds, row_y, column_y, column_x, bounds_ptr, GEOMETRY, MASKED)
+    visible = visible_pairs(tile, bounds, row_y, row_y, column_x, bounds_ptr, GEOMETRY, MASK)
+    initial = 0.0
     if BIAS > 0:
-        query_code, key_code = token, key_token
-        if BIAS < 3:
-            query_code = bias_code(cell_ptr, token, image_width, code_width, BIAS, HAS_CELLS)
-            key_code = bias_code(cell_ptr, key_token, image_width, code_width, BIAS, HAS_CELLS)
-        scores = add_bias(
-            scores, bias_ptr, head, query_code[:, None], key_code[None, :], token[:, None], key_token[None, :],
-            visible, bias_centre, stride_bh, length, BIAS,
+        code = bias_code(code_ptr, row_y, row_x, token, code_width, BIAS)
+        initial = initial_scores(
+            bias_ptr, head, code[:, None], code[None, :], token[:, None], token[None, :], visible, bias_centre,
+            stride_bh, length, bias_scale, BIAS, MASK,
         )  # fmt: skip
-    weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
+    scores = raw_scores(q, k, initial, visible, BIAS, MASK, PRECISION)
+    weights = tl.exp2(scores * scale_log2 - lse[:, None])
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     kept = weights
     if DROPOUT:
-        keep = dropout_keep(seed_ptr, batch_head, token[:, None], key_token[None, :], threshold)
+        keep = dropout_keep(seed_ptr, batch_head, token[:, None], token[None, :], threshold)
         kept = tl.where(keep, weights * keep_scale, 0.0)
         dweights = tl.where(keep, dweights * keep_scale, 0.0)
     dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION)
@@ -292,12 +282,11 @@ def launch_backward(
     if not query.numel():
         return dq, dk, dv, torch.zeros_like(bias) if needs_bias else dbias
     delta = torch.empty_like(lse)
-    table, stride_bh = base2_table(bias, facts)
+    of_bias = bias_arguments(bias, cells, tables, facts, length, scale)
     numbers = (length, facts.height, facts.width, scale, scale * LOG2E.value, *dropout_numbers(dropout_p))
-    of_bias = (stride_bh, facts.centre, facts.image_width, facts.code_width)
     constants = {
-        "GEOMETRY": facts.geometry, "HAS_POSITION": len(tables.position) > 0, "BIAS": facts.bias,
-        "HAS_CELLS": cells is not None, "DROPOUT": dropout_p > 0, "HEAD_DIM": head_dim,
+        "GEOMETRY": facts.geometry, "HAS_POSITION": len(tables.position) > 0, "BIAS": of_bias.kind,
+        "DROPOUT": dropout_p > 0, "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim), "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
     _, of_dq, of_dkv, closed, _ = (Tile(*tiling[i : i + 4]) for i in range(0, 20, 4))
@@ -306,35 +295,35 @@ def launch_backward(
         if closed.rows:
             tiles = tables.closed_tiles
             _bsa_bwd_closed_kernel[(len(tiles) * batch * heads,)](
-                query, key, value, out, dout, lse, delta, dq, dk, dv, table, cells, seed,
+                query, key, value, out, dout, lse, delta, dq, dk, dv, *of_bias.pointers, seed,
                 tiles, tables.query_bounds, tables.position,
                 *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(),
-                *dq.stride(), *dk.stride(), *dv.stride(), *of_bias, heads, len(tiles), *numbers,
-                MASKED=bool(facts.closed_masked), BLOCK_M=closed.rows, num_warps=closed.warps,
+                *dq.stride(), *dk.stride(), *dv.stride(), *of_bias.numbers, heads, len(tiles), *numbers,
+                MASK=mask_level(facts.closed_steps, closed.columns), BLOCK_M=closed.rows, num_warps=closed.warps,
                 num_stages=closed.stages, **constants,
             )  # fmt: skip
         else:
             tiles = tables.dq_tiles
             _bsa_bwd_dq_kernel[(len(tiles) * batch * heads,)](
-                query, key, value, out, dout, lse, delta, dq, table, cells, seed,
+                query, key, value, out, dout, lse, delta, dq, *of_bias.pointers, seed,
                 tiles, tables.query_bounds, tables.query_bits, tables.position,
                 *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(), *dq.stride(),
-                *of_bias, heads, group, len(tiles), *numbers,
-                MASKED=bool(facts.dq_masked), BLOCK_M=of_dq.rows, BLOCK_N=of_dq.columns, num_warps=of_dq.warps,
-                num_stages=of_dq.stages, **constants,
+                *of_bias.numbers, heads, group, len(tiles), *numbers,
+                MASK=mask_level(facts.dq_steps, of_dq.columns), BLOCK_M=of_dq.rows, BLOCK_N=of_dq.columns,
+                num_warps=of_dq.warps, num_stages=of_dq.stages, **constants,
             )  # fmt: skip
             tiles = tables.dkv_tiles
             _bsa_bwd_dkv_kernel[(len(tiles) * batch * key.shape[1],)](
-                query, key, value, dout, lse, delta, dk, dv, table, cells, seed,
+                query, key, value, dout, lse, delta, dk, dv, *of_bias.pointers, seed,
                 tiles, tables.key_bounds, tables.key_bits, tables.position,
                 *query.stride(), *key.stride(), *value.stride(), *dout.stride(), *dk.stride(), *dv.stride(),
-                *of_bias, heads, len(tiles), *numbers,
-                MASKED=bool(facts.dkv_masked), GROUP=group, BLOCK_M=of_dkv.rows, BLOCK_N=of_dkv.columns,
-                num_warps=of_dkv.warps, num_stages=of_dkv.stages, **constants,
+                *of_bias.numbers, heads, len(tiles), *numbers,
+                MASK=mask_level(facts.dkv_steps, of_dkv.columns), GROUP=group, BLOCK_M=of_dkv.rows,
+                BLOCK_N=of_dkv.columns, num_warps=of_dkv.warps, num_stages=of_dkv.stages, **constants,
             )  # fmt: skip
         if needs_bias:
             dbias = launch_bias_gradient(
-                dout, query, key, value, lse, delta, bias, table, stride_bh, cells, seed, tables, facts,
+                dout, query, key, value, lse, delta, bias, of_bias, seed, tables, facts,
                 Tile(*tiling[16:20]), scale, dropout_p,
             )  # fmt: skip
     return dq, dk, dv, dbias

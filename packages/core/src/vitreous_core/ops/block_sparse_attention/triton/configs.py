@@ -36,7 +36,7 @@ _NO_TILE = Tile(0, 0, 0, 0)
 # Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6. The last entry of each list is the safe default.
 # Largest head dimension, then (forward, dq, dkv, bias) for half precision.
 _HALF = (
-    (64, Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (64, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
     (128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     (256, Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
 )

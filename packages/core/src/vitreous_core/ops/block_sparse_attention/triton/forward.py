@@ -12,18 +12,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Facts, Tables
-from .arguments import base2_table, device_of, dot_precision, dropout_numbers, padded_head_dim
+from .arguments import (
+    bias_arguments,
+    device_of,
+    dot_precision,
+    dropout_numbers,
+    mask_level,
+    padded_head_dim,
+)
 from .configs import Tile
 from .primitives import (
     HIDDEN,
     LOG2E,
-    add_bias,
     bias_code,
     column_cells,
     count_columns,
     dropout_keep,
+    initial_scores,
     load_tile,
-    reciprocal,
+    raw_scores,
     row_bounds,
     row_cells,
     row_pointers,
@@ -33,22 +40,23 @@ from .primitives import (
 
 @triton.jit
 def _bsa_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, cell_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, code_ptr, seed_ptr,
     tiles_ptr, bounds_ptr, bits_ptr, position_ptr,
     stride_qb, stride_qh, stride_ql, stride_qd,
     stride_kb, stride_kh, stride_kl, stride_kd,
     stride_vb, stride_vh, stride_vl, stride_vd,
     stride_ob, stride_oh, stride_ol, stride_od,
-    stride_bh, bias_centre, image_width, code_width,
+    stride_bh, bias_centre, bias_scale, code_width,
     heads, group, tile_count, length, height, width, scale, threshold, keep_scale,
-    GEOMETRY: tl.constexpr, MASKED: tl.constexpr, HAS_POSITION: tl.constexpr,
-    BIAS: tl.constexpr, HAS_CELLS: tl.constexpr, DROPOUT: tl.constexpr,
+    GEOMETRY: tl.constexpr, MASK: tl.constexpr, HAS_POSITION: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out = softmax(scale q k^T + bias) v` and `lse = log2 sum exp2(score)`, +inf for a row that sees nothing.
+    """`out = softmax(scale q k^T + bias) v` and `lse = log2 sum exp2(scale raw)`, +inf for a row that sees nothing.
 
-    Grid: tiles x images x heads; a program owns the queries of one tile of one head. `scale` carries log2(e).
+    `raw = q k^T + bias / scale`, and `scale`, positive, carries log2(e).
+    Grid: tiles x images x heads; a program owns the queries of one tile of one head.
     """
     pid = tl.program_id(0)
     tile = load_tile(tiles_ptr, pid % tile_count)
@@ -62,53 +70,47 @@ def _bsa_fwd_kernel(
     bounds = row_bounds(bounds_ptr, row_y, row_x, height, GEOMETRY)
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
     q = tl.load(row_pointers(q_base, query_token, stride_ql, stride_qd, offs_d), mask=mask_d, other=0.0)
-    query_code = query_token
-    if (BIAS == 1) | (BIAS == 2):
-        query_code = bias_code(cell_ptr, query_token, image_width, code_width, BIAS, HAS_CELLS)
+    query_code = bias_code(code_ptr, row_y, row_x, query_token, code_width, BIAS)
 
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    columns = count_columns(tile, GEOMETRY)
-    multiplier = reciprocal(tile, GEOMETRY)
-    for start in range(0, columns, BLOCK_N):
+    for start in range(0, count_columns(tile, GEOMETRY), BLOCK_N):
         column_y, column_x, key_token = column_cells(
-            tile, start, columns, multiplier, position_ptr, bounds_ptr, width, length,
-            GEOMETRY, HAS_POSITION, BLOCK_N,
-        )  # fmt: skip
-        k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
-        visible = visible_pairs(bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASKED)
+            tile, start, position_ptr, bounds_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_N
+        )
+        visible = visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY, MASK)
+        initial = 0.0
         if BIAS > 0:
-            key_code = key_token
-            if BIAS < 3:
-                key_code = bias_code(cell_ptr, key_token, image_width, code_width, BIAS, HAS_CELLS)
-            scores = add_bias(
-                scores, bias_ptr, head, query_code[:, None], key_code[None, :], query_token[:, None],
-                key_token[None, :], visible, bias_centre, stride_bh, length, BIAS,
+            key_code = bias_code(code_ptr, column_y, column_x, key_token, code_width, BIAS)
+            initial = initial_scores(
+                bias_ptr, head, query_code[:, None], key_code[None, :], query_token[:, None], key_token[None, :],
+                visible, bias_centre, stride_bh, length, bias_scale, BIAS, MASK,
             )  # fmt: skip
-        scores = tl.where(visible, scores, HIDDEN)
+        k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
+        scores = raw_scores(q, k, initial, visible, BIAS, MASK, PRECISION)  # [BLOCK_M, BLOCK_N]
 
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        decay = tl.exp2(row_max - new_max)
-        weights = tl.exp2(scores - new_max[:, None])
+        row_max, old_max = tl.maximum(row_max, tl.max(scores, 1)), row_max
+        # Zero for a row that has seen nothing: then its weights are exp2(HIDDEN * scale) = 0.
+        shift = tl.where(row_max > 0.5 * HIDDEN, row_max * scale, 0.0)
+        decay = tl.exp2(old_max * scale - shift)
+        weights = tl.exp2(scores * scale - shift[:, None])
         row_sum = row_sum * decay + tl.sum(weights, 1)
         if DROPOUT:
             keep = dropout_keep(seed_ptr, batch_head, query_token[:, None], key_token[None, :], threshold)
             weights = tl.where(keep, weights * keep_scale, 0.0)
         v = tl.load(row_pointers(v_base, key_token, stride_vl, stride_vd, offs_d), mask=mask_d, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        row_max = new_max
 
-    # While a row has seen nothing its weights are exp2(HIDDEN - HIDDEN) = 1; the first visible key decays them to 0.
-    sees = row_max > HIDDEN
-    acc = tl.where(sees[:, None], acc / tl.where(sees, row_sum, 1.0)[:, None], 0.0)
-    lse = tl.where(sees, row_max + tl.log2(tl.where(sees, row_sum, 1.0)), float("inf"))
+    sees = row_max > 0.5 * HIDDEN
+    row_sum = tl.where(sees, row_sum, 1.0)
+    lse = tl.where(sees, row_max * scale + tl.log2(row_sum), float("inf"))
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
     pointers = row_pointers(o_base, query_token, stride_ol, stride_od, offs_d)
-    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & mask_d)
+    out = acc / row_sum[:, None]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & mask_d)
     tl.store(lse_ptr + batch_head.to(tl.int64) * length + query_token, lse, mask=is_row)
 
 
@@ -122,18 +124,18 @@ def launch_forward(
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     if not query.numel():
         return out, lse
-    table, stride_bh = base2_table(bias, facts)
+    of_bias = bias_arguments(bias, cells, tables, facts, length, scale)
     tile, tiles = Tile(*tiling[:4]), tables.forward_tiles
     with device_of(query):
         _bsa_fwd_kernel[(len(tiles) * batch * heads,)](
-            query, key, value, out, lse, table, cells, seed,
+            query, key, value, out, lse, *of_bias.pointers, seed,
             tiles, tables.query_bounds, tables.query_bits, tables.position,
             *query.stride(), *key.stride(), *value.stride(), *out.stride(),
-            stride_bh, facts.centre, facts.image_width, facts.code_width,
+            *of_bias.numbers,
             heads, heads // key.shape[1], len(tiles), length, facts.height, facts.width, scale * LOG2E.value,
             *dropout_numbers(dropout_p),
-            GEOMETRY=facts.geometry, MASKED=bool(facts.forward_masked), HAS_POSITION=len(tables.position) > 0,
-            BIAS=facts.bias, HAS_CELLS=cells is not None, DROPOUT=dropout_p > 0,
+            GEOMETRY=facts.geometry, MASK=mask_level(facts.forward_steps, tile.columns),
+            HAS_POSITION=len(tables.position) > 0, BIAS=of_bias.kind, DROPOUT=dropout_p > 0,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -19,48 +19,36 @@ IMAGE = tl.constexpr(_IMAGE)
 BLOCKS = tl.constexpr(_BLOCKS)
 BIT_BLOCK = tl.constexpr(_BIT_BLOCK)
 
+# How a program finds its bias: from coordinates, from a table of codes, from token distance, from a dense array.
+GRID_CODES, TABLE_CODES, DISTANCES, DENSE = (tl.constexpr(kind) for kind in (1, 2, 3, 4))
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Stands for -inf in base-2 scores: no NaN from inf - inf, and exp2(HIDDEN - any real maximum) is 0.
+# Stands for -inf in raw scores: no NaN from inf - inf, and it outweighs any real score.
 HIDDEN = tl.constexpr(-1.0e30)
 
 
 @triton.jit
 def load_tile(tiles_ptr, tile):
-    """The eight numbers of one tile."""
-    entry = tiles_ptr + tile * 8
+    """The nine numbers of one tile."""
+    entry = tiles_ptr + tile * 9
     return (
         tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3),
         tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7),
+        tl.load(entry + 8),
     )  # fmt: skip
 
 
 @triton.jit
-def reciprocal(tile, GEOMETRY: tl.constexpr):
-    """Multiplier for `divide` by the width of what a tile of the image visits."""
-    multiplier = tile[7]
-    if GEOMETRY == IMAGE:
-        multiplier = (0xFFFFFFFF // (2 * (tile[7] - tile[6])).to(tl.uint32) + 1).to(tl.uint32)
-    return multiplier
-
-
-@triton.jit
-def divide(number, multiplier):
-    """`number // width`, exact while `number * width < 2^30`.
-
-    `number // width = (2 number + 1) // (2 width)`, and the doubled width keeps the multiplier below 2^32 even for
-    a width of 1.
-    """
-    return tl.umulhi((2 * number + 1).to(tl.uint32), multiplier).to(tl.int32)
-
-
-@triton.jit
 def count_columns(tile, GEOMETRY: tl.constexpr):
-    """Columns that a tile visits."""
+    """Columns that a tile visits, padding of its rows included."""
     if GEOMETRY == BLOCKS:
-        return (tile[7] - tile[6]) * BIT_BLOCK
+        columns = (tile[7] - tile[6]) * BIT_BLOCK
+    elif GEOMETRY == IMAGE:
+        columns = (tile[5] - tile[4]) << tile[8]
     else:
-        return (tile[5] - tile[4]) * (tile[7] - tile[6])
+        columns = tile[7] - tile[6]
+    return columns
 
 
 @triton.jit
@@ -93,36 +81,35 @@ def row_cells(tile, position_ptr, width, GEOMETRY: tl.constexpr, HAS_POSITION: t
 
 @triton.jit
 def column_cells(
-    tile, start, columns, multiplier, position_ptr, bounds_ptr, width, length,
+    tile, start, position_ptr, bounds_ptr, width, length,
     GEOMETRY: tl.constexpr, HAS_POSITION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Cells and tokens of the columns from `start` on; those past the end repeat the last one, with x = -1.
+    """Cells and tokens of the columns from `start` on.
 
-    No bounds contain -1, so such a column is invisible wherever bounds are asked.
+    Cells of padding lie past the tile's range, where no bounds reach; their token is that of the last cell in range.
 
     Returns:
         y, x, token, `[BLOCK]` each. For blocks y is the column within the bit block and x the index of its bits.
     """
-    offs = start + tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
+    first = tl.cast(start, tl.int32)
     if GEOMETRY == BLOCKS:
-        entry = bounds_ptr + 2 * (tile[6] + offs // BIT_BLOCK)
-        y = offs % BIT_BLOCK
+        entry = bounds_ptr + 2 * (tile[6] + (first + offs) // BIT_BLOCK)
+        y = (first + offs) % BIT_BLOCK
         x = tl.load(entry + 1)
         token = tl.minimum(tl.load(entry) * BIT_BLOCK + y, length - 1)
+    elif GEOMETRY == IMAGE:
+        # Sums of a part that no step changes and a scalar: BLOCK and the padded width are powers of two.
+        low = (tl.full((), 1, tl.int32) << tile[8]) - 1
+        y = (offs >> tile[8]) + (tile[4] + (first >> tile[8]))
+        x = (offs & low) + (tile[6] + (first & low))
+        token = tl.minimum(y, tile[5] - 1) * width + tl.minimum(x, tile[7] - 1)
+        if HAS_POSITION:
+            token = tl.load(position_ptr + token)
     else:
-        inside = tl.minimum(offs, columns - 1)
-        if GEOMETRY == IMAGE:
-            y = divide(inside, multiplier)
-            x = tile[6] + inside - y * (tile[7] - tile[6])
-            y += tile[4]
-            token = y * width + x
-            if HAS_POSITION:
-                token = tl.load(position_ptr + token)
-        else:
-            x = tile[6] + inside
-            y = x
-            token = x
-        x = tl.where(offs < columns, x, -1)
+        x = offs + (tile[6] + first)
+        y = x
+        token = tl.minimum(x, tile[7] - 1)
     return y, x, token
 
 
@@ -142,47 +129,76 @@ def row_bounds(bounds_ptr, y, x, height, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def visible_pairs(bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY: tl.constexpr, MASKED: tl.constexpr):
-    """Whether each row sees each column, bool, broadcastable to `[rows, columns]`."""
-    if GEOMETRY == BLOCKS:
+def visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY: tl.constexpr, MASK: tl.constexpr):
+    """Whether each row sees each column, bool, broadcastable to `[rows, columns]`.
+
+    `MASK`: 2, rows differ in what they see; 1, all see what the tile visits, but the last step reaches past it;
+    0, nothing is hidden.
+    """
+    if MASK == 0:
+        visible = (column_x == column_x)[None, :]
+    elif GEOMETRY == BLOCKS:
         word = (column_x[None, :] * BIT_BLOCK + row_y[:, None]) * (BIT_BLOCK // 32) + column_y[None, :] // 32
-        return ((tl.load(bits_ptr + word) >> (column_y[None, :] % 32)) & 1) == 1
-    elif MASKED:
+        visible = ((tl.load(bits_ptr + word) >> (column_y[None, :] % 32)) & 1) == 1
+    elif MASK == 2:
         y_start, y_stop, x_start, x_stop = bounds
         visible = (column_x[None, :] >= x_start[:, None]) & (column_x[None, :] < x_stop[:, None])
         if GEOMETRY == IMAGE:
             visible &= (column_y[None, :] >= y_start[:, None]) & (column_y[None, :] < y_stop[:, None])
-        return visible
     else:
-        return (column_x >= 0)[None, :]
+        visible = column_x < tile[7]
+        if GEOMETRY == IMAGE:
+            visible &= column_y < tile[5]
+        visible = visible[None, :]
+    return visible
 
 
 @triton.jit
-def bias_code(cell_ptr, token, image_width, code_width, BIAS: tl.constexpr, HAS_CELLS: tl.constexpr):
+def bias_code(code_ptr, y, x, token, code_width, BIAS: tl.constexpr):
     """A number per token such that codes of query and key differ by the bias table's index, up to a constant."""
-    if BIAS == 1:
-        cell = token
-        if HAS_CELLS:
-            cell = tl.load(cell_ptr + token).to(tl.int32)
-        # y * code_width + x
-        return cell + (cell // image_width) * (code_width - image_width)
+    if BIAS == GRID_CODES:
+        code = y * code_width + x
+    elif BIAS == TABLE_CODES:
+        code = tl.load(code_ptr + token)
     else:
-        return -token
+        code = -token
+    return code
 
 
 @triton.jit
-def add_bias(
-    scores, bias_ptr, head, query_code, key_code, query_token, key_token, visible, centre, stride_bh, length,
-    BIAS: tl.constexpr,
+def initial_scores(
+    bias_ptr, head, query_code, key_code, query_token, key_token, visible, centre, stride_bh, length,
+    bias_scale, BIAS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores plus the bias; tokens and codes have the shape of their side, `[M, 1]` or `[1, N]`."""
-    if BIAS == 3:
+    """What raw scores `q k^T` are added to: the bias over the scale, `HIDDEN` for invisible pairs.
+
+    Adding them inside the matrix product costs nothing, and a masked load applies the mask for nothing. Codes and
+    tokens have the shape of their side, `[M, 1]` or `[1, N]`. Only visible pairs are within a table's reach.
+    """
+    if BIAS == DENSE:
         offset = head.to(tl.int64) * length * length + query_token.to(tl.int64) * length + key_token
-        scores += tl.load(bias_ptr + offset).to(tl.float32) * LOG2E
-    elif BIAS > 0:
-        # Only visible pairs are within the table's reach.
-        index = query_code - key_code + centre
-        scores += tl.load(bias_ptr + head * stride_bh + index, mask=visible, other=0.0)
+        if MASK == 0:
+            scores = tl.load(bias_ptr + offset).to(tl.float32) * bias_scale
+        else:
+            scores = tl.where(visible, tl.load(bias_ptr + offset).to(tl.float32) * bias_scale, HIDDEN)
+    else:
+        pointers = bias_ptr + (head * stride_bh + (query_code - key_code + centre))
+        if MASK == 0:
+            scores = tl.load(pointers)
+        else:
+            scores = tl.load(pointers, mask=visible, other=HIDDEN)
+    return scores
+
+
+@triton.jit
+def raw_scores(rows, columns, initial, visible, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Product of rows and columns over the head dimension, plus what `initial_scores` gave."""
+    if BIAS > 0:
+        scores = tl.dot(rows, tl.trans(columns), initial, input_precision=PRECISION)
+    else:
+        scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+        if MASK > 0:
+            scores = tl.where(visible, scores, HIDDEN)
     return scores
 
 
