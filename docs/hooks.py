@@ -14,7 +14,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 # What a reader may import: modules named in the order in which the reference shows them.
 CORE_MODULES = [
     *("curves", "patterns", "layout", "indexing", "ops.block_sparse_attention"),
-    *("errors", "fold", "state", "papers", "zoo", "testing", "mm"),
+    *("errors", "fold", "state", "papers", "zoo", "testing", "bench", "mm"),
 ]
 PAPER_MODULES = ["ops", "attention", "model", "convert"]
 
