@@ -153,9 +153,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def tables(session: nox.Session) -> None:
-    """Render the tables of README.md and docs/results/ from the recorded runs and the claims."""
+    """Render the tables and plots of README.md and docs/results/ from the recorded runs, rows and claims."""
     prepare(session, MEMBERS)
     python(session, ROOT / "docs" / "tables.py", *session.posargs)
+    python(session, "-m", "vitreous_core.bench.render", *session.posargs)
 
 
 @nox.session(default=False)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench import command as bench_command
 from .errors import BackendUnsupported, StateMismatch, UserError
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument("images", metavar="IMAGE", nargs="+")
     command.add_argument("--checkpoint", required=True, help="weights, from training or from `vitreous convert`")
     command.add_argument("--device", help="e.g. cuda or cpu; default: the first GPU, or the CPU")
+
+    bench_command.add_arguments(add("bench", bench_command.bench, "measure core's or a paper's speed claims here"))
 
     _add_show(add("show", None, "draw a token order or an attention pattern"))
     return parser
@@ -328,7 +331,8 @@ def _order(options: argparse.Namespace) -> Order:
     tile = options.tile
     if options.order == "window" and tile is not None and tile[0] == tile[1]:
         tile = tile[0]
-    return build_order(options.order, *options.size, tile)
+    height, width = options.size
+    return build_order(options.order, height, width, tile)
 
 
 def _pattern(options: argparse.Namespace) -> Pattern:

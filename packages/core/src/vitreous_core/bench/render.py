@@ -1,0 +1,410 @@
+"""`python -m vitreous_core.bench.render`: tables and plots from the rows, the newest run of each case on each device.
+
+Ratios compare rows of one run only. Nothing here measures anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MADE_BY = "<!-- Rendered by `python -m vitreous_core.bench.render` from the rows in bench/. -->\n"
+_MOST_PANELS = 9
+_INCHES_PER_BAR = 0.3
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Everything one device has to say about one suite.
+
+    Args:
+        suite: `"core"` or a paper.
+        device: its name as the rows have it.
+        rows: of the newest run of each case, in the order they were written.
+    """
+
+    suite: str
+    device: str
+    rows: Sequence[Row]
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        return f"{self.suite}-{re.sub(r'[^a-z0-9]+', '-', self.device.lower()).strip('-')}"
+
+    def marks(self) -> list[str]:
+        """Marks in order of their first row."""
+        return list(dict.fromkeys(row["mark"] for row in self.rows))
+
+    def of(self, mark: str) -> list[Row]:
+        """The rows of a mark."""
+        return [row for row in self.rows if row["mark"] == mark]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Render; with `--check` only compare the text. Returns how many files are stale then, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m vitreous_core.bench.render", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("docs/results"),
+                        help="folder with bench/ in it; the pages go beside that (default: docs/results)")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the text would change")
+    options = parser.parse_args(arguments)
+    sheets = newest_sheets(read_rows(options.results / "bench"))
+    pages = {options.results / "tables" / f"{sheet.name}.md": page(sheet) for sheet in sheets}
+    pages[options.results / "speed.md"] = index_page(sheets)
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if options.check:
+        for path in stale:
+            print(f"{path} is not what the rows give: run `nox -s tables`")
+        return len(stale)
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(pages[path], encoding="utf-8")
+        print(f"wrote {path}")
+    for sheet in sheets:
+        for name, draw in figures(sheet):
+            path = options.results / "figures" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure = draw()
+            figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+            print(f"drew {path}")
+    return 0
+
+
+def newest_sheets(rows: Iterable[Row]) -> list[Sheet]:
+    """Rows of the newest run of every case, by suite and device."""
+    runs: dict[tuple[str, str], dict[str, dict[str, list[Row]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        runs[row["suite"], row["device"]][row["case"]].setdefault(row["time"], []).append(row)
+    return [
+        Sheet(suite, device, [row for case in cases.values() for row in case[max(case)]])
+        for (suite, device), cases in sorted(runs.items())
+    ]
+
+
+# Goals.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a goal.
+
+    Args:
+        met: None when a row that it needs has no figure.
+        figure: the ratio, milliseconds or per cent measured.
+        text: for the table.
+    """
+
+    met: bool | None
+    figure: float | None
+    text: str
+
+
+def judge(goal: Row, ours: Row, rivals: dict[str, Row]) -> Verdict:
+    """Compare a goal with the rows of one case, mode and run."""
+    if ours["state"] != "ok":
+        return Verdict(None, None, f"{ours['provider']}: {ours['state']}")
+    bound = goal["bound"]
+    match goal["kind"]:
+        case "speed-up":
+            rival = rivals.get(goal["over"])
+            if rival is None or rival["state"] != "ok":
+                return Verdict(None, None, f"{goal['over']}: {'no row' if rival is None else rival['state']}")
+            figure = rival["latency_ms_p50"] / ours["latency_ms_p50"]
+            met, text = figure >= bound, f"{_significant(figure)}× {goal['over']} (asked {bound:g}×)"
+        case "milliseconds":
+            figure = ours["latency_ms_p50"]
+            met, text = figure <= bound, f"{_significant(figure)} ms (asked {bound:g} ms)"
+        case "roof":
+            figure = ours["roof_pct"]
+            met, text = figure >= bound, f"{figure:.0f} % of the roof (asked {bound:g} %)"
+        case kind:
+            raise ValueError(f"goal kind must be speed-up, milliseconds or roof; got {kind!r} for {ours['case']}")
+    return Verdict(met, figure, f"{'met' if met else '**not met**'}: {text}")
+
+
+def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
+    """Our row, the goal and the verdict, for every goal of these rows."""
+    found = []
+    for (_, _), group in _by_case_and_mode(rows):
+        rivals = {row["provider"]: row for row in group}
+        for ours in group:
+            if ours["ours"]:
+                found += [(ours, goal, judge(goal, ours, rivals)) for goal in ours["goals"]]
+    return found
+
+
+def mean_verdicts(rows: Sequence[Row]) -> list[str]:
+    """A sentence for every geometric mean that goals ask for."""
+    ratios: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    lacking: dict[tuple[str, str, float], int] = defaultdict(int)
+    for ours, goal, verdict in verdicts(rows):
+        if goal["mean"] is None:
+            continue
+        key = (ours["mode"], goal["over"], goal["mean"])
+        if verdict.figure is None:
+            lacking[key] += 1
+        else:
+            ratios[key].append(verdict.figure)
+    sentences = []
+    for (mode, over, asked), figures_ in ratios.items():
+        mean = math.exp(sum(math.log(figure) for figure in figures_) / len(figures_))
+        missing = lacking[mode, over, asked]
+        sentences.append(
+            f"Geometric mean of the {len(figures_)} speed-ups over {over}, {mode}: {_significant(mean)}× "
+            f"(asked {asked:g}×): {'met' if mean >= asked else '**not met**'}."
+            + (f" {missing} without a figure." if missing else "")
+        )
+    return sentences
+
+
+# Pages.
+
+
+def index_page(sheets: Sequence[Sheet]) -> str:
+    """speed.md: what was measured where, and how many goals were met."""
+    parts = [
+        MADE_BY,
+        "# Speed\n",
+        "```bash\nvitreous bench core      # on your machine; `nox -s tables` renders these pages\n```\n",
+        "Every figure is the median of a row in `docs/results/bench/`, taken after the provider's output and gradients "
+        "were compared with dense attention in higher precision. Caches are cold, providers take turns, compiling is "
+        "off the clock. The roof is the larger of two times: moving every tensor once at the speed of a large copy, "
+        "and doing the matrix products at the speed of a large one, both measured in the same run.\n",
+    ]
+    if not sheets:
+        return "\n".join([*parts, "No rows have been recorded yet.\n"])
+    rows = []
+    for sheet in sheets:
+        for mark in sheet.marks():
+            judged = [verdict.met for _, _, verdict in verdicts(sheet.of(mark))]
+            goals = f"{sum(met is True for met in judged)} of {len(judged)}" if judged else "none set"
+            cases = len({row["case"] for row in sheet.of(mark)})
+            rows.append(
+                [f"[{sheet.suite}, {mark}](tables/{sheet.name}.md#{mark.lower()})", sheet.device, str(cases), goals]
+            )
+    return "\n".join([*parts, markdown_table(["marks", "device", "cases", "goals met"], rows)])
+
+
+def page(sheet: Sheet) -> str:
+    """One sheet: where it was measured, then a table and the figures of each mark."""
+    parts = [MADE_BY, f"# {sheet.suite} on {sheet.device}\n", _machine(sheet.rows)]
+    drawn = [name for name, _ in figures(sheet)]
+    for mark in sheet.marks():
+        rows = sheet.of(mark)
+        parts += [f"## {mark}\n", mark_table(rows), *[f"{sentence}\n" for sentence in mean_verdicts(rows)]]
+        parts += _reasons(rows)
+        prefix = f"{sheet.name}-{mark.lower()}-"
+        parts += [f"![{name}](../figures/{name}.png)\n" for name in drawn if name.startswith(prefix)]
+    return "\n".join(parts)
+
+
+def mark_table(rows: Sequence[Row]) -> str:
+    """Milliseconds by provider, our share of the roof, and the verdicts."""
+    providers = list(dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: not row["ours"])))
+    has_roof = any("roof_pct" in row for row in rows)
+    has_memory = any(row.get("peak_mib") for row in rows)
+    header = ["case", "mode", *(f"{provider} ms" for provider in providers)]
+    header += ["roof"] * has_roof + ["peak MiB"] * has_memory + ["mark"]
+    lines = []
+    for (case, mode), group in _by_case_and_mode(rows):
+        by_provider = {row["provider"]: row for row in group}
+        ours = next((row for row in group if row["ours"]), None)
+        cells = [case.partition("/")[2], mode, *(_latency(by_provider.get(provider)) for provider in providers)]
+        if has_roof:
+            cells.append("" if ours is None or "roof_pct" not in ours else f"{ours['roof_pct']:.0f} %")
+        if has_memory:
+            cells.append("" if ours is None or ours.get("peak_mib") is None else f"{ours['peak_mib']:.0f}")
+        cells.append("<br>".join(verdict.text for _, _, verdict in verdicts(group)))
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    runs: dict[str, Row] = {row["time"]: row for row in rows}
+    lines = []
+    for time, row in sorted(runs.items()):
+        software = [f"{name} {row[name]}" for name in ("driver", "torch", "triton", "numba", "python") if row[name]]
+        rates = ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in row["matmul_tflop_per_s"].items())
+        commit = f"{(row['commit'] or 'unknown')[:7]}{' with changes' if row['dirty'] else ''}"
+        lines.append(
+            f"- {time}, commit {commit}: {', '.join(software)}; copy {row['copy_tb_per_s']:.2f} TB/s"
+            + (f", products {rates}" if rates else "")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row["state"] != "ok":
+            found[f"{row['provider']}, {row['state']}: {row['reason']}"].append(f"{row['case']} {row['mode']}")
+    return [f"{reason} ({len(cases)} rows)\n" for reason, cases in found.items()]
+
+
+def _latency(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return _significant(row["latency_ms_p50"]) if row["state"] == "ok" else str(row["state"])
+
+
+def _significant(value: float) -> str:
+    """Three significant digits without an exponent."""
+    if value == 0:
+        return "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _by_case_and_mode(rows: Sequence[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["case"], row["mode"]].append(row)
+    return list(groups.items())
+
+
+# Figures.
+
+Draw = Callable[[], "Figure"]
+
+
+def figures(sheet: Sheet) -> list[tuple[str, Draw]]:
+    """Names and drawers of the figures that a sheet has the rows for."""
+    found: list[tuple[str, Draw]] = []
+    for mark in sheet.marks():
+        rows = [row for row in sheet.of(mark) if row["state"] == "ok"]
+        prefix = f"{sheet.name}-{mark.lower()}"
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            series = _series([row for row in rows if row["mode"] == mode])
+            if series:
+                name = f"{prefix}-time-{mode.replace('+', '-')}"
+                found.append((name, lambda s=series, m=mode, k=mark: time_figure(s, f"{k}, {m}")))  # type: ignore[misc]
+        shares = [row for row in rows if row["ours"] and "roof_pct" in row]
+        if shares:
+            found.append((f"{prefix}-roof", lambda r=shares, k=mark: roof_figure(r, k)))  # type: ignore[misc]
+        ratios = [entry for entry in verdicts(sheet.of(mark)) if entry[1]["kind"] == "speed-up" and entry[2].figure]
+        if ratios:
+            found.append((f"{prefix}-speed-up", lambda r=ratios, k=mark: speed_up_figure(r, k)))  # type: ignore[misc]
+    return found
+
+
+Series = dict[str, dict[str, dict[int, float]]]
+
+
+def _series(rows: Sequence[Row]) -> Series:
+    """Milliseconds by series, provider and image side; only series with several sides, or none if that is unclear."""
+    points: Series = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        facts = row["facts"]
+        if "series" not in facts or "side" not in facts:
+            continue
+        line = points[facts["series"]][row["provider"]]
+        if facts["side"] in line:
+            return {}
+        line[facts["side"]] = row["latency_ms_p50"]
+    several = {name: lines for name, lines in points.items() if max(map(len, lines.values())) > 1}
+    return several if len(several) <= _MOST_PANELS else {}
+
+
+def time_figure(series: Series, title: str) -> Figure:
+    """Time against image side, a panel for each series and a line for each provider."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(series))
+    down = -(-len(series) // columns)
+    figure = Figure(figsize=(4.0 * columns, 3.2 * down + 0.6), layout="constrained")
+    panels = figure.subplots(down, columns, squeeze=False, sharex=True, sharey=True)
+    colours = _colours(provider for lines in series.values() for provider in lines)
+    sides = sorted({side for lines in series.values() for line in lines.values() for side in line})
+    for panel, (name, lines) in zip(panels.flat, series.items(), strict=False):
+        for provider, line in lines.items():
+            xs = sorted(line)
+            panel.plot(xs, [line[x] for x in xs], marker="o", color=colours[provider], label=provider)
+        panel.set(title=name, xscale="log", yscale="log")
+        panel.set_xticks(sides, [str(side) for side in sides], fontsize=8, rotation=45)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    for panel in list(panels.flat)[len(series) :]:
+        panel.set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("ms")
+    for panel in panels[-1]:
+        panel.set_xlabel("image side")
+    handles: dict[str, Any] = {}
+    for panel in panels.flat:
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def roof_figure(rows: Sequence[Row], mark: str) -> Figure:
+    """Our share of the roof, a bar for each case and mode."""
+    bars = [(row["case"].partition("/")[2], row["mode"], row["roof_pct"], None) for row in rows]
+    figure, panel = _bar_figure(bars)
+    panel.axvline(100, color="black", linewidth=1)
+    panel.set(xlabel="% of the roof measured in the same run", title=f"{mark}: share of the roof")
+    return figure
+
+
+def speed_up_figure(entries: Sequence[tuple[Row, Row, Verdict]], mark: str) -> Figure:
+    """Our speed-ups with what was asked, a bar for each goal."""
+    bars = []
+    for ours, goal, verdict in entries:
+        assert verdict.figure is not None
+        bars.append((f"{ours['case'].partition('/')[2]} / {goal['over']}", ours["mode"], verdict.figure, goal["bound"]))
+    figure, panel = _bar_figure(bars)
+    largest, least = max(bar[2] for bar in bars), min(bar[2] for bar in bars)
+    if largest > 30 * min(least, 1):
+        panel.set_xscale("log")
+    panel.axvline(1, color="black", linewidth=1)
+    panel.set(xlabel="times as fast as the baseline; the black tick is what was asked", title=f"{mark}: speed-up")
+    return figure
+
+
+def _bar_figure(bars: Sequence[tuple[str, str, float, float | None]]) -> tuple[Figure, Axes]:
+    """Horizontal bars: label, mode (the colour), length, and where a tick goes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, _INCHES_PER_BAR * len(bars) + 1.3), layout="constrained")
+    panel = figure.subplots()
+    colours = _colours(mode for _, mode, _, _ in bars)
+    for place, (_, mode, length, tick) in enumerate(bars):
+        panel.barh(place, length, color=colours[mode], height=0.75, label=mode)
+        panel.annotate(f" {_significant(length)}", (length, place), va="center", fontsize=8)
+        if tick is not None:
+            panel.plot([tick, tick], [place - 0.42, place + 0.42], color="black", linewidth=2)
+    panel.set_yticks(range(len(bars)), [label for label, _, _, _ in bars], fontsize=8)
+    panel.set_ylim(len(bars) - 0.4, -0.6)
+    panel.margins(x=0.12)
+    panel.grid(axis="x", alpha=0.3)
+    handles, labels = panel.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    if len(unique) > 1:
+        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=len(unique), frameon=False)
+    return figure, panel
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(names))}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
