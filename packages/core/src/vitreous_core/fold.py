@@ -7,6 +7,8 @@ In evaluation mode a batch norm is the affine map `y = s x + t` per channel, `s 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -68,9 +70,13 @@ def fold_norm_linear(norm: _BatchNorm, linear: nn.Linear) -> nn.Linear:
 
 
 def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    # torch annotates these attributes as tuples of any length and the arguments as pairs.
+    window: dict[str, Any] = {
+        name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    }
     folded = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-        conv.groups, bias=True, padding_mode=conv.padding_mode, device=weight.device, dtype=conv.weight.dtype,
+        conv.in_channels, conv.out_channels, **window, groups=conv.groups, bias=True,
+        device=weight.device, dtype=conv.weight.dtype,
     )  # fmt: skip
     _assign(folded, weight, bias)
     return folded

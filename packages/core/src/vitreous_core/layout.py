@@ -7,7 +7,7 @@ A layout is data, not policy: `vitreous_core.patterns` builds it from geometry, 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -209,17 +209,18 @@ class BlockLayout:
 
         slots = torch.arange(self.indices.shape[1], device=self.device)
         listed = slots < self.counts[:, None]
-        lists = []
+        lists: list[tuple[Tensor, Tensor]] = []
         for chosen in (listed & self.partial, listed & ~self.partial):
             # A stable sort by "not chosen" moves the chosen entries to the front in ascending order.
             front = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)
-            lists += [chosen.sum(1, dtype=torch.int32)[None, None], self.indices.gather(1, front)[None, None]]
+            lists.append((chosen.sum(1, dtype=torch.int32)[None, None], self.indices.gather(1, front)[None, None]))
 
         def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return self.rule.allows(query, key)
 
         return BlockMask.from_kv_blocks(
-            *lists,
+            *lists[0],
+            *lists[1],
             BLOCK_SIZE=(self.query_block, self.key_block),
             mask_mod=mask_mod,
             seq_lengths=(self.length, self.length),
@@ -249,6 +250,6 @@ class BlockLayout:
             raise ValueError("indices and key_indices must list the same blocks; they differ. Rebuild the layout")
 
 
-def _moved(holder: object, device: torch.device | str) -> dict[str, Tensor]:
+def _moved(holder: object, device: torch.device | str) -> dict[str, Any]:
     values = {field.name: getattr(holder, field.name) for field in fields(holder)}  # type: ignore[arg-type]
     return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}

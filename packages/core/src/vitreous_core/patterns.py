@@ -336,7 +336,8 @@ class MaskPattern(Pattern):
             bits.extend(np.packbits(tiles[partial], axis=-1, bitorder="little"))
         packed = np.stack(bits) if bits else np.zeros((1, query_block, -(-key_block // 8)), dtype=np.uint8)
         listed = block != _EMPTY
-        lists = _block_lists._pad(listed.sum(1, dtype=np.int32), np.nonzero(listed)[1], block[listed] != _FULL)
+        columns = np.nonzero(listed)[1].astype(np.int32)
+        lists = _block_lists._pad(listed.sum(1, dtype=np.int32), columns, block[listed] != _FULL)
         rule = BitRule(torch.from_numpy(packed), torch.from_numpy(block), query_block, key_block)
         reach = (height - 1, width - 1)
         walk = schedule.block_schedule(self._rows, self.length)
@@ -377,8 +378,11 @@ def _assemble(
     walk: schedule.Schedule, reach: tuple[int, int], token_reach: int,
 ) -> BlockLayout:  # fmt: skip
     transposed = _block_lists.transpose_lists(lists, -(-grid[0] * grid[1] // blocks[1]))
-    tensors = [torch.from_numpy(array) for array in (*lists, *transposed)]
-    return BlockLayout(*grid, *blocks, *tensors, rule=rule, schedule=walk, reach=reach, token_reach=token_reach)
+    counts, indices, partial = map(torch.from_numpy, lists)
+    key_counts, key_indices, key_partial = map(torch.from_numpy, transposed)
+    return BlockLayout(
+        *grid, *blocks, counts, indices, partial, key_counts, key_indices, key_partial, rule, walk, reach, token_reach
+    )
 
 
 def _residue_counts(cells: int, dilation: int) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
@@ -202,7 +203,7 @@ def _frame(axes: Axes, title: str, below: str, left: str) -> None:
         spine.set_color("#cbd2d9")
 
 
-def _legend(axes: Axes, marks: Sequence[object], labels: Sequence[str]) -> None:
+def _legend(axes: Axes, marks: Sequence[Artist], labels: Sequence[str]) -> None:
     axes.legend(
         marks, labels, loc="upper left", bbox_to_anchor=(0, -0.06), ncols=len(labels), frameon=False, fontsize=8,
         labelcolor=INK, handlelength=1, borderaxespad=0, columnspacing=1.4,

@@ -112,7 +112,7 @@ def sequence_schedule(start: NDArray[np.int32], stop: NDArray[np.int32]) -> Sche
     for axis in ((start, stop), _transposed(start, stop)):
         tiles = tuple(_sequence_tiles(axis, rows) for rows in ROWS_PER_TILE)
         sides.append(Side(tiles, _tensor(np.stack(axis, axis=1)), _empty()))
-    return Schedule(SEQUENCE, *sides, height=1, width=len(start), position=_empty())
+    return Schedule(SEQUENCE, sides[0], sides[1], height=1, width=len(start), position=_empty())
 
 
 def image_schedule(rows: Axis, columns: Axis, position: NDArray[np.int32] | None) -> Schedule:
@@ -129,7 +129,7 @@ def image_schedule(rows: Axis, columns: Axis, position: NDArray[np.int32] | None
         bounds = np.concatenate((np.stack(y, axis=1), np.stack(x, axis=1)))
         sides.append(Side(tiles, _tensor(bounds), _empty()))
     table = _empty() if position is None else _tensor(position.ravel())
-    return Schedule(IMAGE, *sides, height=len(rows[0]), width=len(columns[0]), position=table)
+    return Schedule(IMAGE, sides[0], sides[1], height=len(rows[0]), width=len(columns[0]), position=table)
 
 
 def block_schedule(rows: Callable[[int, int], NDArray[np.bool_]], length: int) -> Schedule:
@@ -155,7 +155,7 @@ def block_schedule(rows: Callable[[int, int], NDArray[np.bool_]], length: int) -
         _block_side(pair, np.concatenate(bits), length),
         _block_side(pair[:, ::-1], np.concatenate(transposed_bits), length),
     ]
-    return Schedule(BLOCKS, *sides, height=1, width=length, position=_empty())
+    return Schedule(BLOCKS, sides[0], sides[1], height=1, width=length, position=_empty())
 
 
 def _block_side(pair: NDArray[np.int64], bits: NDArray[np.int32], length: int) -> Side:

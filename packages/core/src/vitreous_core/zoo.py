@@ -101,7 +101,7 @@ def read_card(paper: Paper) -> str:
     source = paper.root.parents[1] / "README.md"
     if source.is_file():
         return source.read_text(encoding="utf-8")
-    return str(metadata(paper.package.replace("_", "-")).get_payload())
+    return str(metadata(paper.package.replace("_", "-")).json["description"])
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -56,8 +56,8 @@ def _allow_mmengine_checkpoints() -> None:
     from mmengine.logging.history_buffer import HistoryBuffer
     from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-    reconstruct = np.zeros(1).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
+    reconstruct: Any = np.zeros(1).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
     allow_in_checkpoints(
         HistoryBuffer,
         OneCycleParamScheduler,
@@ -144,7 +144,7 @@ def _find_spec(module: str) -> ModuleSpec | None:
 
 def _restore_find_loader() -> None:
     if not hasattr(pkgutil, "find_loader"):
-        pkgutil.find_loader = _find_loader  # type: ignore[attr-defined]
+        pkgutil.find_loader = _find_loader  # type: ignore[assignment]
 
 
 def _find_loader(module: str) -> Any:
@@ -170,7 +170,7 @@ def _silence_warnings() -> None:
 
 def _silence_file_client() -> None:
     """`CheckpointHook` asks for MMEngine's deprecated `FileClient` itself, which then warns in every run."""
-    module = importlib.import_module("mmengine.fileio.file_client")
+    module: Any = importlib.import_module("mmengine.fileio.file_client")
     module.print_log = functools.partial(_print_log_but_deprecations, module.print_log)
 
 

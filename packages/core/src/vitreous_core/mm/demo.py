@@ -184,14 +184,14 @@ def _write_progress(folder: Path, progress: Progress) -> None:
 
 def _backend(model: nn.Module) -> str:
     """The attention backends of a model; `auto` is the torch backend wherever there is no GPU."""
-    found = {module.backend for module in model.modules() if isinstance(getattr(module, "backend", None), str)}
+    found = {str(module.backend) for module in model.modules() if isinstance(getattr(module, "backend", None), str)}
     if not found or (found == {"auto"} and not torch.cuda.is_available()):
         return "torch"
     return ", ".join(sorted(found))
 
 
 @torch.no_grad()
-def _predict_held_back(model: nn.Module, config: Config) -> list[Sample]:
+def _predict_held_back(model: Any, config: Config) -> list[Sample]:
     """Predictions of all held-back digits, in order."""
     dataset = DATASETS.build(config.val_dataloader.dataset)
     samples = []

@@ -45,7 +45,8 @@ class _AdaptiveClipping:
 
     def __init__(self, *args: Any, clip_grad: dict | None = None, **kwargs: Any) -> None:
         adaptive = clip_grad is not None and clip_grad.get("type") == "agc"
-        super().__init__(*args, clip_grad=None if adaptive else clip_grad, **kwargs)
+        arguments = {"clip_grad": None if adaptive else clip_grad, **kwargs}
+        super().__init__(*args, **arguments)  # the wrapper that this is mixed into
         if adaptive:
             assert clip_grad is not None
             settings = {"clip_factor": 0.01, "eps": 1e-3} | {k: v for k, v in clip_grad.items() if k != "type"}

@@ -76,9 +76,10 @@ def attention(
         forward.table, dq.table, dkv.table, closed.table, of_bias.table,
         schedule.queries.bounds, schedule.queries.bits, schedule.keys.bounds, schedule.keys.bits, schedule.position,
     )  # fmt: skip
+    steps = [0 if tiles.masked else tiles.column_multiple for tiles in (forward, dq, dkv)]
     facts = Facts(
         schedule.geometry, schedule.height, schedule.width,
-        *(0 if tiles.masked else tiles.column_multiple for tiles in (forward, dq, dkv)),
+        steps[0], steps[1], steps[2],
         0 if closed.masked else closed.row_multiple, 0 if of_bias.masked else of_bias.column_multiple,
         kind, *numbers,
     )  # fmt: skip
@@ -174,7 +175,11 @@ def _(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_bias = rest[-1]
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs_bias else query.new_empty(0)
+    if needs_bias:
+        assert bias is not None
+        dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    else:
+        dbias = query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), dbias
 
 

@@ -36,7 +36,8 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, bias: Bias | None, scale: float
 ) -> Tensor:
     """FlexAttention with the layout's own lists as its block mask; compiled on a GPU, eager on a CPU."""
-    attend = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    compiles = query.is_cuda and not torch.compiler.is_compiling()
+    attend: Callable[..., object] = _compiled() if compiles else flex_attention  # type: ignore[assignment]
     out = attend(
         query, key, value, score_mod=_score_mod(bias), block_mask=layout.to_flex(), scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
