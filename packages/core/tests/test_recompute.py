@@ -35,3 +35,17 @@ def test_outputs_gradients_draws_and_statistics_are_the_same(training: bool) -> 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert (plain.calls, again.calls) == (1, 2)
     assert again[1].track_running_stats
+
+
+@pytest.mark.compile
+def test_in_one_compiled_graph() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    again = copy.deepcopy(plain)
+    x = torch.randn(5, 3, 6, 6)
+    plain(x).square().sum().backward()
+    torch.compile(lambda x: recompute(again, x), backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(plain.buffers(), again.buffers(), strict=True):
+        torch.testing.assert_close(a, b)

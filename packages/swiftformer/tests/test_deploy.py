@@ -95,7 +95,8 @@ def test_deployed_models_are_for_inference(build: Build, tiny: dict[str, Any]) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_on_a_gpu(build: Build, dtype: torch.dtype) -> None:
+def test_on_a_gpu(build: Build, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions round to it by default
     model = build("xs")
     images = golden_input(2, 224, 224)
     exact = copy.deepcopy(model).double()(images.double())

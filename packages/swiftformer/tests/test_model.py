@@ -193,6 +193,20 @@ def test_head_gives_the_pair_while_training_and_the_mean_in_evaluation() -> None
     assert not [name for name in single.state_dict() if "dist" in name]
 
 
+@pytest.mark.compile
+def test_trains_in_one_compiled_graph(build: Build, tiny: dict[str, Any]) -> None:
+    for with_cp in (False, True):
+        plain = build(tiny, with_cp=with_cp).backbone.train()
+        compiled = copy.deepcopy(plain)
+        images = golden_input(2, 32, 32)
+        plain(images)[0].square().sum().backward()
+        torch.compile(compiled, backend="aot_eager", fullgraph=True)(images)[0].square().sum().backward()
+        for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
+        for a, b in zip(plain.buffers(), compiled.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @torch.no_grad()
 def test_batch_of_none_and_memory_formats(build: Build, tiny: dict[str, Any]) -> None:
     model = build(tiny)

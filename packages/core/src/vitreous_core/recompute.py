@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +22,11 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     Returns:
         The same output, gradients, random draws and running statistics as `module(x)`.
     """
-    y: Tensor = checkpoint(module, x, use_reentrant=False, context_fn=partial(_contexts, module))
+    y: Tensor
+    if torch.compiler.is_compiling():  # compiled graphs apply updates of buffers once, and take no contexts
+        y = checkpoint(module, x, use_reentrant=False)
+    else:
+        y = checkpoint(module, x, use_reentrant=False, context_fn=partial(_contexts, module))
     return y
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vitreous_core.backbone import check_evaluating, check_trainable, stage_indices
 from vitreous_core.fold import fold_conv_norm, fold_norm_conv, fold_norm_linear
 from vitreous_core.recompute import recompute
 
@@ -75,7 +76,7 @@ class SwiftFormer(nn.Module):
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must lie in [0, 1); got {drop_path_rate}")
         self.in_channels = in_channels
-        self.out_indices = _checked_out_indices(out_indices, stages)
+        self.out_indices = stage_indices(out_indices, stages)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
@@ -125,7 +126,7 @@ class SwiftFormer(nn.Module):
         Raises:
             RuntimeError: for training mode after `switch_to_deploy`.
         """
-        _check_trainable(self.deploy, mode)
+        check_trainable(self.deploy, mode)
         super().train(mode)
         self._freeze()
         if self.norm_eval:
@@ -149,7 +150,7 @@ class SwiftFormer(nn.Module):
         """
         if self.deploy:
             return
-        _check_evaluating(self)
+        check_evaluating(self)
         _fold_pairs(self.patch_embed)
         for module in self.network.modules():
             if isinstance(module, ConvEncoder | SwiftFormerEncoder | Mlp | Downsample):
@@ -242,7 +243,7 @@ class SwiftFormerHead(nn.Module):
         Raises:
             RuntimeError: for training mode after `switch_to_deploy`.
         """
-        _check_trainable(self.deploy, mode)
+        check_trainable(self.deploy, mode)
         super().train(mode)
         return self
 
@@ -259,7 +260,7 @@ class SwiftFormerHead(nn.Module):
             ValueError: for a backbone that does not give the last stage's map.
         """
         if not self.deploy:
-            _check_evaluating(self)
+            check_evaluating(self)
             if self.dist_head is not None:
                 for mine, other in zip(self.head.parameters(), self.dist_head.parameters(), strict=True):
                     mine.copy_((mine.double() + other.double()) / 2)
@@ -414,27 +415,14 @@ def _scale_outputs(layer: nn.Conv2d | nn.Linear, scale: Tensor) -> None:
 
 def _rename_last_norm(module: SwiftFormer, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     last = len(module.depths) - 1
-    names = ["norm", f"norm{2 * last}"]
     if last not in module.out_indices:
         return
     own = module._norm_name(last)
-    names.remove(own)
-    mine, other = f"{prefix}{own}.", f"{prefix}{names[0]}."
-    if not any(key.startswith(mine) for key in state_dict):
-        for key in [key for key in state_dict if key.startswith(other)]:
-            state_dict[mine + key.removeprefix(other)] = state_dict.pop(key)
-
-
-def _check_evaluating(module: nn.Module) -> None:
-    if module.training:
-        raise RuntimeError("switch_to_deploy folds running statistics and needs evaluation mode; call eval() first")
-
-
-def _check_trainable(deploy: bool, mode: bool) -> None:
-    if deploy and mode:
-        raise RuntimeError(
-            "this model is switched to deploy and cannot train; build a new one and load the original weights"
-        )
+    other = f"norm{2 * last}" if own == "norm" else "norm"
+    if any(key.startswith(f"{prefix}{own}.") for key in state_dict):
+        return
+    for key in [key for key in state_dict if key.startswith(f"{prefix}{other}.")]:
+        state_dict[prefix + own + key.removeprefix(prefix + other)] = state_dict.pop(key)
 
 
 def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -453,12 +441,3 @@ def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[
             f"got channels {tuple(channels)}, depths {tuple(depths)}"
         )
     return arch
-
-
-def _checked_out_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, ...]:
-    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not indices or not all(isinstance(index, int) for index in indices):
-        raise TypeError(f"out_indices must be an int or a sequence of ints; got {out_indices!r}")
-    if any(not -stages <= index < stages for index in indices):
-        raise ValueError(f"out_indices must lie in {-stages}..{stages - 1}; got {out_indices}")
-    return tuple(sorted({index % stages for index in indices}))
