@@ -60,9 +60,9 @@ class _WindowAttention(nn.Module, ABC):
     def bias_table(self) -> Tensor:
         """Bias `[(2 * height - 1) * (2 * width - 1), H]` by offset."""
 
+    @abstractmethod
     def project_in(self, x: Tensor) -> Tensor:
         """`[..., C]` to packed queries, keys and values `[..., 3 * C]`."""
-        return F.linear(x, self.qkv.weight, self.qkv_bias())
 
     def project_out(self, x: Tensor) -> Tensor:
         """Output projection of `[..., C]`, with dropout."""
@@ -139,6 +139,9 @@ class FlashWindowMSA(_WindowAttention):
 
     def qkv_bias(self) -> Tensor | None:
         return self.qkv.bias
+
+    def project_in(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
 
     def bias_table(self) -> Tensor:
         return self.relative_position_bias_table
@@ -230,6 +233,9 @@ class FlashWindowMSAV2(_WindowAttention):
         if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
+    def project_in(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qkv.weight, self.qkv_bias())
 
     def bias_table(self) -> Tensor:
         # Outside autocast: at its size of up to 16, a bias rounded to bfloat16 is off by up to 1/32.
@@ -398,8 +404,9 @@ def _is_square_table(table: Tensor) -> bool:
 
 
 def _log_offsets(window_size: tuple[int, int], reference_size: tuple[int, int]) -> Tensor:
-    """Offsets `[1, 2 * height - 1, 2 * width - 1, 2]` on the log scale of Swin V2, eq. 4, from -1 to 1 where the
-    reference window ends: `sign(x) log2(1 + 8 |x|) / log2(8)` times 1, x the offset over its largest value.
+    """Offsets `[1, 2 * height - 1, 2 * width - 1, 2]` on the log scale of Swin V2, eq. 4, as its network takes them.
+
+    `sign(x) log2(1 + |x|) / log2(8)`, where x is the offset scaled to 8 at the edge of the reference window.
     """
     axes = [
         torch.arange(1 - size, size, dtype=torch.float32) / max(reference - 1, 1) * 8
