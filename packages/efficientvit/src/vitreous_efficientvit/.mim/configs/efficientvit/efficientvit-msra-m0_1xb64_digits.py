@@ -26,4 +26,4 @@ model = dict(
     head=dict(num_classes=10, in_channels=64),
 )
 
-train_cfg = dict(max_epochs=10)
+train_cfg = dict(max_epochs=8)
