@@ -155,7 +155,8 @@ def docs(session: nox.Session) -> None:
 def tables(session: nox.Session) -> None:
     """Render the tables and plots of README.md and docs/results/ from the recorded runs, rows and claims."""
     prepare(session, MEMBERS)
-    python(session, ROOT / "docs" / "tables.py", *session.posargs)
+    for program in (["-m", "vitreous_core.bench.render"], [ROOT / "docs" / "tables.py"]):
+        python(session, *program, *session.posargs)
     python(session, "-m", "vitreous_core.bench.render", *session.posargs)
 
 

@@ -1,4 +1,4 @@
-"""MkDocs hook: the model cards and the reference pages, made from what is in packages/."""
+"""MkDocs hook: the model cards and the reference pages, made from what is in packages/, and the list of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parents[1]
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 # What a reader may import: modules named in the order in which the reference shows them.
 CORE_MODULES = [
@@ -25,10 +26,11 @@ def papers() -> list[str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Fill the two sections of the navigation that depend on which packages are here."""
+    """Fill the sections of the navigation that depend on which packages and results are here."""
     cards = [{title(paper): f"papers/{paper}.md"} for paper in papers()]
     reference = [{f"vitreous_{member}": f"reference/{member}.md"} for member in ("core", *papers())]
-    filled = {"Papers": cards, "Reference": reference}
+    results = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.glob("results/**/*.md"))
+    filled = {"Papers": cards, "Results": results, "Reference": reference}
     config.nav = [
         {key: filled.get(key, value) for key, value in entry.items()} if isinstance(entry, dict) else entry
         for entry in config.nav or []
