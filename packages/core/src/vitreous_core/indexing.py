@@ -1,9 +1,10 @@
 """Token orders and layouts as device tensors: built once on the host, kept in bounded caches.
 
 Modules ask for tables on every call, with the size of the image at hand; a hit costs a dictionary lookup. Tables
-are built outside inference mode, so that one first needed during evaluation still serves training. Under
-`torch.compile` a call is evaluated while tracing and its tables become constants of the graph; the pattern must then
-come from outside the compiled function, for instance from a module's attribute.
+are built outside inference mode and outside the fake tensors of tracing, so that one first needed during evaluation
+or export still serves training. Under `torch.compile` a call is evaluated while tracing and its tables become
+constants of the graph; the pattern must then come from outside the compiled function, for instance from a module's
+attribute.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import curves
 from .layout import BitRule, BlockLayout, BoxRule, IntervalRule
@@ -100,7 +102,7 @@ def _order_tables(
     kind: str, height: int, width: int, tile: int | tuple[int, int] | None, device: str
 ) -> tuple[Tensor, Tensor]:
     order = build_order(kind, height, width, tile)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), unset_fake_temporarily():
         tables = (order, curves.inverse_order(order))
         gather, scatter = (torch.from_numpy(table).to(device=device, dtype=torch.int64) for table in tables)
     return gather, scatter
@@ -112,7 +114,7 @@ def _layout(
     query_block: int, key_block: int,
 ) -> BlockLayout:  # fmt: skip
     order = build_order(kind, height, width, tile)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), unset_fake_temporarily():
         layout = pattern.layout(height, width, order, query_block=query_block, key_block=key_block)
         return layout.to(device)
 
