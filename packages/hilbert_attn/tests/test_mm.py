@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmpretrain import ImageClassificationInferencer, get_model, inference_model, list_models
@@ -136,3 +137,11 @@ def test_the_larger_model_sees_larger_crops() -> None:
         assert config.train_dataloader.dataset.pipeline[1].scale == crop
         for loader in (config.val_dataloader, config.test_dataloader):
             assert [loader.dataset.pipeline[1].scale, loader.dataset.pipeline[2].crop_size] == [resize, crop]
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_mmengine_counts_the_operations(name: str, digits_models: dict[str, nn.Module]) -> None:
+    """Its counter traces the model, under which sizes are tensors unless the model makes integers of them."""
+    counted = get_model_complexity_info(digits_models[name], (3, 32, 32), show_table=False, show_arch=False)
+    assert counted["params"] == sum(p.numel() for p in digits_models[name].parameters())
+    assert counted["flops"] > 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitreous_core import indexing
 from vitreous_core.testing.golden import golden_input, golden_path, golden_state, state_sha256
 from vitreous_hilbert_attn import HilbertNeighborhoodTransformer, HilbertWindowTransformer
 from vitreous_hilbert_attn.convert import to_official
@@ -236,6 +237,18 @@ def test_compiles_into_one_graph(build: Callable) -> None:
     images = torch.randn(1, 3, 32, 32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images)[0], model(images)[0], rtol=0, atol=1e-5)
+
+
+@each_backbone
+def test_exports_with_cold_caches_and_leaves_them_usable(build: Callable) -> None:
+    indexing.clear_caches()
+    model = build().eval()
+    images = torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(model, (images,)).module()(images)[0]
+    assert type(exported) is Tensor
+    out = model(images)[0]
+    assert type(out) is Tensor, "the caches must not keep the fake tensors of tracing"
+    torch.testing.assert_close(exported, out, rtol=0, atol=1e-6)
 
 
 # --- package and bad input

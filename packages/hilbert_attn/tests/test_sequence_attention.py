@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitreous_hilbert_attn.sequence_attention import neighborhood_attention, slide_attention, window_attention
 
-# fp64 errors measured over all cases below: outputs 5e-16, gradients 4e-15.
+# fp64 errors measured over all cases below: outputs 1.4e-15, gradients 3.2e-15.
 EXACT = {"rtol": 0, "atol": 1e-13}
 
 

@@ -84,7 +84,7 @@ class _CurveAttention(nn.Module, ABC):
             BackendUnsupported: when a named backend cannot run this problem.
         """
         height, width = size
-        length = tokens.shape[1]
+        length = int(tokens.shape[1])
         if length != height * width:
             raise ValueError(
                 f"tokens must be height * width = {height} * {width} = {height * width} per image; got {length}"
@@ -186,7 +186,10 @@ class HilbertWindowAttention(_CurveAttention):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(dim, num_heads, order, order_tile, qkv_bias, backend)
-        Window1d(_positive("window_size", window_size) ** 2, shift)  # refuses a shift outside the window
+        # By the smaller side of the map, up to the first that the window fits into with a shift. Made here because
+        # torch.compile cannot take a pattern for a constant that the traced call itself has made.
+        shrunk = [Window1d(side * side) for side in range(1, _positive("window_size", window_size) + 1)]
+        self._patterns = (*shrunk, Window1d(window_size**2, shift))
         self.window_size = window_size
         self.shift = shift
         self.map_size = map_size
@@ -205,9 +208,7 @@ class HilbertWindowAttention(_CurveAttention):
 
     def pattern(self, height: int, width: int) -> Window1d:
         """The windows on a map of this size, the rule for small maps applied."""
-        side = self._side(height, width)
-        shift = self.shift if min(height, width) > self.window_size else 0
-        return Window1d(side * side, shift)
+        return self._patterns[min(height, width, self.window_size + 1) - 1]
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, pattern: Window1d, bias: RelativeBias2d | None
@@ -225,12 +226,9 @@ class HilbertWindowAttention(_CurveAttention):
             table = resize_bias_table(table, self.map_size, (height, width))
         return RelativeBias2d(table, height, width, order)
 
-    def _side(self, height: int, width: int) -> int:
-        return min(self.window_size, height, width)
-
     def _tile(self, height: int, width: int) -> int | tuple[int, int] | None:
         if self.order == "window" and self.order_tile is None:
-            return self._side(height, width)
+            return min(self.window_size, height, width)
         return self.order_tile
 
     def extra_repr(self) -> str:

@@ -293,7 +293,7 @@ class CurveStage(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, maps: Tensor) -> Tensor:
-        size = maps.shape[1:3]
+        size = (int(maps.shape[1]), int(maps.shape[2]))  # torch.jit.trace would make tensors of them
         order, position = self.blocks[0].attn.order_tables(*size, maps.device)
         tokens = permute_tokens(maps.flatten(1, 2), order, position)
         for block in self.blocks:

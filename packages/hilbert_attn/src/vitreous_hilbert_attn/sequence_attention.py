@@ -36,7 +36,7 @@ def window_attention(
     Returns:
         `[B, H, L, D]`, dtype of `value`.
     """
-    length = query.shape[2]
+    length = int(query.shape[2])
     first = min((size - shift) % size, length)
     whole = (length - first) // size
     parts, start = [], 0
@@ -60,7 +60,7 @@ def slide_attention(
 
     Args and Returns: as `window_attention`.
     """
-    length = query.shape[2]
+    length = int(query.shape[2])
     reach = min(kernel // 2, length - 1)
     key, value = (F.pad(t, (0, 0, reach, reach)) for t in (key, value))
     parts = _band(query, key, value, 2 * reach + 1, -reach, length, scale, bias, first=0)
@@ -74,7 +74,7 @@ def neighborhood_attention(
 
     Args and Returns: as `window_attention`.
     """
-    length = query.shape[2]
+    length = int(query.shape[2])
     kernel = min(kernel, length)
     left = kernel // 2
     inner = length - kernel + 1
@@ -103,7 +103,7 @@ def _band(
     Row `m` of `query` is token `first + m`; row `n` of `key` is token `offset + n`, which is padding where it is
     not in `0 .. length - 1`.
     """
-    rows = query.shape[2]
+    rows = int(query.shape[2])
     block = min(max(kernel, _SHORTEST_BLOCK), rows)
     parts = []
     for start, blocks, size in ((0, rows // block, block), (rows - rows % block, 1, rows % block)):
