@@ -34,16 +34,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint is at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = _REFUSED.search(str(error))
+    except Exception as error:  # a broken file fails anywhere in the reader, with any exception
+        refused = _REFUSED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
-            raise CheckpointError(f"{path} is no PyTorch checkpoint: {_reason(error)}") from error
+            raise CheckpointError(f"{path} is not whole, or no PyTorch checkpoint: {_reason(error)}") from error
         raise CheckpointError(
             f"{path} was refused: it asks for {refused[1] or refused[2]} while loading, which weights never need. "
             "Nothing in it was executed"
         ) from error
-    except Exception as error:  # a broken file fails anywhere in the reader, with any exception
-        raise CheckpointError(f"{path} is not whole, or no checkpoint: {_reason(error)}") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} must hold a dictionary; it holds a {type(checkpoint).__name__}")
     return checkpoint
@@ -153,4 +151,5 @@ def read_resume_point(path: str | Path, skipped: tuple[str, ...] = ()) -> Resume
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first_sentence = str(error).strip().split(". ")[0].split("\n")[0]
+    return f"{type(error).__name__}: {first_sentence}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,21 @@ class ClassCountHook(Hook):
                 f"model.head.num_classes must be the {needed} classes of the training data; got {given}. "
                 f"Set --cfg-options model.head.num_classes={needed}"
             )
+
+
+class MovedRunHook(Hook):
+    """Let a run whose folder was moved or copied keep its hands off the old place.
+
+    Checkpoints store the absolute path of the best one so far, and `CheckpointHook` deletes that file when it
+    finds a better one: resuming a copy would delete the original's best checkpoint.
+    """
+
+    priority = "HIGH"  # before CheckpointHook reads the path
+
+    def before_train(self, runner: Runner) -> None:
+        best = runner.message_hub.runtime_info.get("best_ckpt")
+        if best is not None:
+            runner.message_hub.update_info("best_ckpt", str(Path(runner.work_dir) / Path(best).name))
 
 
 class ProgressHook(Hook):

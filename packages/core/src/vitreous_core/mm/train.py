@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import json
@@ -28,7 +29,7 @@ from rich.logging import RichHandler
 
 from ..errors import UserError
 from .checkpoints import ResumePoint, find_checkpoints, find_resume_point, load_weights, read_resume_point
-from .hooks import ClassCountHook, NonFiniteLossHook, ProgressHook
+from .hooks import ClassCountHook, MovedRunHook, NonFiniteLossHook, ProgressHook
 
 _LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -74,7 +75,8 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
         raise UserError(f"config {path} cannot be read: {reason}") from error
     if options:
         config.merge_from_dict(dict(options))
-    return config
+    # Every checkpoint stores the config's text, and formatting it with yapf each time adds up to seconds.
+    return Config(config.to_dict(), config.text, config.filename, format_python_code=False)
 
 
 def train(
@@ -117,10 +119,10 @@ def train(
     progress = ProgressHook(console, title=_stem(config))
     with _errors_of_configs(), _errors_of_disks(folder):
         runner = build_runner(config, console)
-        for hook in (ClassCountHook(), NonFiniteLossHook(), progress):
+        for hook in (MovedRunHook(), ClassCountHook(), NonFiniteLossHook(), progress):
             runner.register_hook(hook)
         try:
-            with _sigterm_as_interrupt():
+            with _interruptible():
                 runner.train()
         finally:
             progress.close()
@@ -195,7 +197,7 @@ def build_runner(config: Config, console: Console) -> Runner:
         return RUNNERS.build(config)
     # MMEngine keeps loggers, message hubs and visualizers by name; two runs of one process need two names.
     config.experiment_name = f"{_stem(config)}-{next(_run_numbers)}"
-    runner_class = type("ConsoleRunner", (QuietRunner,), {"console": console})
+    runner_class: Any = type("ConsoleRunner", (QuietRunner,), {"console": console})
     return runner_class.from_cfg(config)
 
 
@@ -204,7 +206,7 @@ def _prepare(config: Config, work_dir: str | Path | None, launcher: str) -> tupl
         raise ValueError(f"launcher must be one of {_LAUNCHERS}; got {launcher!r}")
     if launcher != "none" and not torch.cuda.is_available():
         raise UserError(f"--launcher {launcher} needs GPUs, and PyTorch finds none here; leave it out")
-    config = config.copy()
+    config = copy.deepcopy(config)
     config.launcher = launcher
     config.work_dir = str(find_work_dir(config, work_dir))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
@@ -320,20 +322,30 @@ def _errors_of_disks(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Lets a run that is told to end take the way of Ctrl-C, so that logs and bars are closed."""
+def _interruptible() -> Iterator[None]:
+    """Ends a run on SIGTERM as on Ctrl-C, and lets neither be turned into another error on its way up.
+
+    MMEngine formats a config inside a bare `except`, which would report Ctrl-C as a syntax error.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received = []
 
-    def interrupt(*_: object) -> None:
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception:
+        if received:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _raise_log_error(record: logging.LogRecord) -> None:
