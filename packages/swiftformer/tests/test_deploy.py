@@ -80,12 +80,19 @@ def test_dtype_and_accuracy_stay(build: Build, dtype: torch.dtype) -> None:
 def test_deployed_models_are_for_inference(build: Build, tiny: dict[str, Any]) -> None:
     model = build(tiny)
     model.train()
-    for part in (model.backbone, model.head):
+    for switch in (
+        model.backbone.switch_to_deploy,
+        model.head.switch_to_deploy,
+        lambda: model.head.switch_to_deploy(model.backbone),
+    ):
         with pytest.raises(RuntimeError, match="needs evaluation mode"):
-            part.switch_to_deploy()
+            switch()
     model.eval()
+    with pytest.raises(ValueError, match="head's 16 channels; its last output has 12"):
+        model.head.switch_to_deploy(build(tiny, out_indices=1).backbone)
     model.head.switch_to_deploy(model.backbone)
     assert not any(p.requires_grad for p in model.parameters())
+    assert not any(module.training for module in model.modules())
     for part in (model.backbone, model.head):
         with pytest.raises(RuntimeError, match="cannot train"):
             part.train()

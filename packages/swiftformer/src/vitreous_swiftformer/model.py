@@ -113,11 +113,13 @@ class SwiftFormer(nn.Module):
             raise ValueError(f"x must be images [B, {self.in_channels}, height, width]; got {tuple(x.shape)}")
         x = self.patch_embed(x)
         outputs = []
-        for index, module in enumerate(self.network[: 2 * self.out_indices[-1] + 1]):
+        for index, module in enumerate(self.network):
             is_stage = index % 2 == 0  # the others downsample between the stages
             x = self._recompute_blocks(module, x) if is_stage and self.with_cp else module(x)
             if is_stage and index // 2 in self.out_indices:
-                outputs.append(self.get_submodule(self._norm_name(index // 2))(x))
+                outputs.append(getattr(self, self._norm_name(index // 2))(x))
+            if index == 2 * self.out_indices[-1]:
+                break
         return tuple(outputs)
 
     def train(self, mode: bool = True) -> SwiftFormer:
@@ -155,8 +157,8 @@ class SwiftFormer(nn.Module):
         for module in self.network.modules():
             if isinstance(module, ConvEncoder | SwiftFormerEncoder | Mlp | Downsample):
                 module.fold()
-        self.requires_grad_(False)
         self.deploy = True
+        self.eval().requires_grad_(False)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning rates: stem 0, each block one, everything else last.
@@ -193,9 +195,7 @@ class SwiftFormer(nn.Module):
         if self.frozen_stages < 0:
             return
         frozen: list[nn.Module] = [self.patch_embed, *self.network[: max(2 * self.frozen_stages - 1, 0)]]
-        frozen += [
-            self.get_submodule(self._norm_name(stage)) for stage in self.out_indices if stage < self.frozen_stages
-        ]
+        frozen += [getattr(self, self._norm_name(stage)) for stage in self.out_indices if stage < self.frozen_stages]
         for module in frozen:
             module.eval().requires_grad_(False)
 
@@ -257,27 +257,36 @@ class SwiftFormerHead(nn.Module):
 
         Raises:
             RuntimeError: in training mode.
-            ValueError: for a backbone that does not give the last stage's map.
+            ValueError: for a backbone whose last map has another number of channels.
         """
+        if backbone is not None:
+            self._check_fits(backbone)
+            backbone.switch_to_deploy()
         if not self.deploy:
             check_evaluating(self)
             if self.dist_head is not None:
                 for mine, other in zip(self.head.parameters(), self.dist_head.parameters(), strict=True):
                     mine.copy_((mine.double() + other.double()) / 2)
             self.dist_head = None
-            self.requires_grad_(False)
             self.deploy = True
         if backbone is not None:
             self._absorb_last_norm(backbone)
+        self.eval().requires_grad_(False)
+
+    def _check_fits(self, backbone: SwiftFormer) -> None:
+        channels = backbone.channels[backbone.out_indices[-1]]
+        if channels != self.head.in_features:
+            raise ValueError(
+                f"backbone must end in a map of the head's {self.head.in_features} channels; its last output has "
+                f"{channels}. Give the backbone and the head that work together"
+            )
 
     def _absorb_last_norm(self, backbone: SwiftFormer) -> None:
-        last = backbone.out_indices[-1]
-        name = backbone._norm_name(last)
-        backbone.switch_to_deploy()
-        norm = backbone.get_submodule(name)
+        name = backbone._norm_name(backbone.out_indices[-1])
+        norm = getattr(backbone, name)
         if isinstance(norm, _BatchNorm):
-            self.head = fold_norm_linear(norm, self.head).requires_grad_(False)
-            setattr(backbone, name, nn.Identity())
+            self.head = fold_norm_linear(norm, self.head)
+            setattr(backbone, name, nn.Identity().eval())
 
 
 class ConvEncoder(nn.Module):
