@@ -207,23 +207,20 @@ class BlockLayout:
         """FlexAttention's block mask made from these lists, without its own builder that looks at every pair."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        slots = torch.arange(self.indices.shape[1], device=self.device)
-        listed = slots < self.counts[:, None]
-        lists: list[tuple[Tensor, Tensor]] = []
-        for chosen in (listed & self.partial, listed & ~self.partial):
-            # A stable sort by "not chosen" moves the chosen entries to the front in ascending order.
-            front = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)
-            lists.append((chosen.sum(1, dtype=torch.int32)[None, None], self.indices.gather(1, front)[None, None]))
+        # Both directions are given: PyTorch 2.11 transposes wrongly unless lists are as wide as there are blocks.
+        queries, keys = len(self.counts), len(self.key_counts)
+        lists = _flex_lists(self.counts, self.indices, self.partial, keys)
+        transposed = _flex_lists(self.key_counts, self.key_indices, self.key_partial, queries)
 
         def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return self.rule.allows(query, key)
 
-        return BlockMask.from_kv_blocks(
-            *lists[0],
-            *lists[1],
+        return BlockMask(
+            (self.length, self.length),
+            *lists,
+            *transposed,
             BLOCK_SIZE=(self.query_block, self.key_block),
             mask_mod=mask_mod,
-            seq_lengths=(self.length, self.length),
         )
 
     def validate(self) -> None:
@@ -248,6 +245,18 @@ class BlockLayout:
             blocks[side][where] += 1 + partial[block, slot].long()
         if not torch.equal(blocks[0], blocks[1]):
             raise ValueError("indices and key_indices must list the same blocks; they differ. Rebuild the layout")
+
+
+def _flex_lists(counts: Tensor, indices: Tensor, partial: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and indices of the partial blocks, then of the full ones, in lists of that width."""
+    listed = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+    lists: list[Tensor] = []
+    for chosen in (listed & partial, listed & ~partial):
+        # A stable sort by "not chosen" moves the chosen entries to the front in ascending order.
+        front = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)
+        padded = torch.nn.functional.pad(indices.gather(1, front), (0, width - indices.shape[1]))
+        lists += [chosen.sum(1, dtype=torch.int32)[None, None], padded[None, None]]
+    return lists[0], lists[1], lists[2], lists[3]
 
 
 def _moved(holder: object, device: torch.device | str) -> dict[str, Any]:

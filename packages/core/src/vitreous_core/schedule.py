@@ -215,9 +215,11 @@ def _image_tiles(y: Axis, x: Axis, rows: int) -> Tiles:
     table[..., 4:6], table[..., 6:8] = down[:, None, 2:4], across[None, :, 2:4]
     table[..., 8] = shift
     visited = (down[:, 3] - down[:, 2])[:, None] << shift
+    # Heavy tiles first: at the border a key is seen by more queries, and the last wave should be short.
+    table = table.reshape(-1, 9)[np.argsort(-visited, axis=None, kind="stable")]
     is_padded = (across[:, 3] - across[:, 2] != 1 << shift).any()
     return Tiles(
-        _tensor(table.reshape(-1, 9)),
+        _tensor(table),
         masked=not (down[:, 4].all() and across[:, 4].all()),
         closed=bool(down[:, 5].all() and across[:, 5].all()),
         column_multiple=1 if is_padded else int(np.gcd.reduce(visited.ravel())),

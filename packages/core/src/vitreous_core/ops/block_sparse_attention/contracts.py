@@ -67,7 +67,7 @@ def attention(
     from .triton.configs import choose
 
     schedule = layout.schedule
-    config = choose(query.dtype, query.shape[-1], schedule, query.shape[1] // key.shape[1])
+    config = choose(query.dtype, query.shape[-1], schedule, query.shape[1] // key.shape[1], bias is not None)
     forward, dq = schedule.queries.at(config.forward.rows), schedule.queries.at(config.dq.rows)
     dkv, of_bias = schedule.keys.at(config.dkv.rows), schedule.queries.at(config.bias.rows)
     closed = schedule.queries.at(config.closed.rows) if config.closed.rows else dq

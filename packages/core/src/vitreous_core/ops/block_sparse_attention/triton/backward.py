@@ -196,12 +196,11 @@ def _bsa_bwd_dkv_kernel(
 
 @triton.jit
 def _bsa_bwd_closed_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, code_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, code_ptr,
     seed_ptr, tiles_ptr, bounds_ptr, position_ptr,
     stride_qb, stride_qh, stride_ql, stride_qd,
     stride_kb, stride_kh, stride_kl, stride_kd,
     stride_vb, stride_vh, stride_vl, stride_vd,
-    stride_ob, stride_oh, stride_ol, stride_od,
     stride_gb, stride_gh, stride_gl, stride_gd,
     stride_dqb, stride_dqh, stride_dql, stride_dqd,
     stride_dkb, stride_dkh, stride_dkl, stride_dkd,
@@ -228,18 +227,14 @@ def _bsa_bwd_closed_kernel(
     q_base = q_ptr + batch * stride_qb + wide_head * stride_qh
     k_base = k_ptr + batch * stride_kb + wide_head * stride_kh
     v_base = v_ptr + batch * stride_vb + wide_head * stride_vh
-    o_base = out_ptr + batch * stride_ob + wide_head * stride_oh
     g_base = dout_ptr + batch * stride_gb + wide_head * stride_gh
     mask = is_row[:, None] & mask_d
     # Padding rows are zero here, not repeated: as queries they must add nothing to dk and dv.
     q = tl.load(row_pointers(q_base, token, stride_ql, stride_qd, offs_d), mask=mask, other=0.0)
     k = tl.load(row_pointers(k_base, token, stride_kl, stride_kd, offs_d), mask=mask, other=0.0)
     v = tl.load(row_pointers(v_base, token, stride_vl, stride_vd, offs_d), mask=mask, other=0.0)
-    out = tl.load(row_pointers(o_base, token, stride_ol, stride_od, offs_d), mask=mask, other=0.0)
     dout = tl.load(row_pointers(g_base, token, stride_gl, stride_gd, offs_d), mask=mask, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     row_offset = batch_head.to(tl.int64) * length + token
-    tl.store(delta_ptr + row_offset, delta, mask=is_row)
     lse = tl.load(lse_ptr + row_offset)
 
     visible = visible_pairs(tile, bounds, row_y, row_y, column_x, bounds_ptr, GEOMETRY, MASK)
@@ -261,6 +256,9 @@ def _bsa_bwd_closed_kernel(
     dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION)
     base = dv_ptr + batch * stride_dvb + wide_head * stride_dvh
     tl.store(row_pointers(base, token, stride_dvl, stride_dvd, offs_d), dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    # rowsum(P * dP) = rowsum(dout * out), without the rounding of `out` and without reading it.
+    delta = tl.sum(weights * dweights, 1)
+    tl.store(delta_ptr + row_offset, delta, mask=is_row)
     dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
     dq = tl.dot(dscores, k, input_precision=PRECISION) * scale
     base = dq_ptr + batch * stride_dqb + wide_head * stride_dqh
@@ -295,9 +293,9 @@ def launch_backward(
         if closed.rows:
             tiles = tables.closed_tiles
             _bsa_bwd_closed_kernel[(len(tiles) * batch * heads,)](
-                query, key, value, out, dout, lse, delta, dq, dk, dv, *of_bias.pointers, seed,
+                query, key, value, dout, lse, delta, dq, dk, dv, *of_bias.pointers, seed,
                 tiles, tables.query_bounds, tables.position,
-                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(),
+                *query.stride(), *key.stride(), *value.stride(), *dout.stride(),
                 *dq.stride(), *dk.stride(), *dv.stride(), *of_bias.numbers, heads, len(tiles), *numbers,
                 MASK=mask_level(facts.closed_steps, closed.columns), BLOCK_M=closed.rows, num_warps=closed.warps,
                 num_stages=closed.stages, **constants,
