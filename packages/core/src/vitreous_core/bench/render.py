@@ -326,19 +326,23 @@ def _series(rows: Sequence[Row]) -> Series:
 def time_figure(series: Series, title: str) -> Figure:
     """Time against image side, a panel for each series and a line for each provider."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     columns = min(3, len(series))
     down = -(-len(series) // columns)
     figure = Figure(figsize=(4.0 * columns, 3.2 * down + 0.6), layout="constrained")
     panels = figure.subplots(down, columns, squeeze=False, sharex=True, sharey=True)
     colours = _colours(provider for lines in series.values() for provider in lines)
-    sides = sorted({side for lines in series.values() for line in lines.values() for side in line})
+    points = [point for lines in series.values() for line in lines.values() for point in line.items()]
+    sides, latencies = sorted({side for side, _ in points}), [latency for _, latency in points]
     for panel, (name, lines) in zip(panels.flat, series.items(), strict=False):
         for provider, line in lines.items():
             xs = sorted(line)
             panel.plot(xs, [line[x] for x in xs], marker="o", color=colours[provider], label=provider)
         panel.set(title=name, xscale="log", yscale="log")
         panel.set_xticks(sides, [str(side) for side in sides], fontsize=8, rotation=45)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(latencies) < 1000 * min(latencies) else (1,)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     for panel in list(panels.flat)[len(series) :]:
