@@ -38,7 +38,7 @@ class Nothing:
 
 def provider(name: str, step: Any = lambda: None, *, error: float = 0.0, **prepared: Any) -> Provider:
     gate = Gate({"out": error}, {"out": 0.5}, "a number")
-    return Provider(name, lambda problem, device: Prepared({"fwd": step}, lambda: gate, **prepared))
+    return Provider(name, lambda problem, device: Prepared({"fwd": step}, lambda modes: gate, **prepared))
 
 
 def refuse(problem: object, device: torch.device) -> Prepared:
@@ -145,7 +145,7 @@ def test_all_ways_to_compute_windows_pass_the_gate(problem: attention.AttentionP
     for way in ways:
         prepared = way.prepare(problem, CPU)
         assert prepared.gate is not None
-        gate = prepared.gate()
+        gate = prepared.gate(core_cases.MODES)
         assert gate.passed, (way.name, gate)
         assert ("dtable" in gate.errors) == (problem.bias_extent is not None)
         assert len(prepared.steps["fwd+bwd"]()) == 3 + (problem.bias_extent is not None)  # type: ignore[arg-type]
@@ -155,30 +155,37 @@ def test_windows_of_the_curve_are_windows_of_the_image_on_powers_of_two() -> Non
     on_curve = attention.attention_provider("hwa", attention.sdpa, order="hilbert", pattern=Window1d(16))
     gate = on_curve.prepare(SMALL, CPU).gate
     assert gate is not None
-    assert gate().passed
+    assert gate(core_cases.MODES).passed
 
 
 def test_the_gate_sees_another_pattern() -> None:
     off_by_one = attention.attention_provider("hwa", attention.sdpa, order="hilbert", pattern=Window1d(16, 1))
     gate = off_by_one.prepare(SMALL, CPU).gate
     assert gate is not None
-    errors = gate().errors
-    assert not gate().passed
+    errors = gate(core_cases.MODES).errors
+    assert not gate(core_cases.MODES).passed
     assert min(errors.values()) > 1e-3
+
+
+def test_only_what_is_timed_is_compared() -> None:
+    gate = attention.SDPA.prepare(BIASED, CPU).gate
+    assert gate is not None
+    assert set(gate(("fwd",)).errors) == {"out"}
+    assert set(gate(("fwd+bwd",)).errors) == {"out_trained", "dquery", "dkey", "dvalue", "dtable"}
 
 
 def test_unfolding_is_slide_attention() -> None:
     problem = replace(SMALL, pattern=Slide2d(5), height=7, width=9)
     gate = attention.UNFOLD.prepare(problem, CPU).gate
     assert gate is not None
-    assert gate().passed
+    assert gate(core_cases.MODES).passed
 
 
 def test_a_provider_may_compute_another_problem() -> None:
     other = replace(SMALL, pattern=Neighborhood2d(3))
     prepared = attention.attention_provider("other", attention.dense, instead=other).prepare(SMALL, CPU)
     assert prepared.gate is not None
-    assert prepared.gate().passed
+    assert prepared.gate(core_cases.MODES).passed
     assert prepared.facts["computes"]["pattern"] == repr(other.pattern)
 
 
@@ -220,12 +227,12 @@ def test_curve_and_layout_gates_pass_and_can_fail() -> None:
     for way in (host_tables.NUMBA_CURVE, host_tables.PYTHON_CURVE):
         gate = way.prepare(problem, CPU).gate
         assert gate is not None
-        assert gate().passed
+        assert gate(core_cases.MODES).passed
     assert not host_tables._compare_curves(host_tables._walked(16, 16)[::-1], problem).passed
     layout = host_tables.LayoutProblem(Neighborhood2d(5), 16, 16, "random")
     gate = host_tables.NUMBA_LAYOUT.prepare(layout, CPU).gate
     assert gate is not None
-    assert gate().passed
+    assert gate(core_cases.MODES).passed
 
 
 def test_hilbertsfc_is_a_row_either_way() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -167,7 +167,7 @@ def _prepare(
     facts = {"provider_order": own.order, "provider_pattern": repr(own.pattern), **extra}
     if instead is not None:
         facts["computes"] = dict(instead.facts())
-    return Prepared({FORWARD: forward, BOTH: both}, lambda: _gate(attend, asked, own, tensors), facts=facts)
+    return Prepared({FORWARD: forward, BOTH: both}, partial(_gate, attend, asked, own, tensors), facts=facts)
 
 
 def draw(problem: AttentionProblem, device: torch.device) -> Tensors:
@@ -195,24 +195,29 @@ def _table_entries(extent: tuple[int, int]) -> int:
 # The gate.
 
 
-def _gate(attend: Attend, asked: AttentionProblem, own: AttentionProblem, tensors: Tensors) -> Gate:
+def _gate(
+    attend: Attend, asked: AttentionProblem, own: AttentionProblem, tensors: Tensors, modes: Collection[str]
+) -> Gate:
     """Compare outputs and gradients of the first image; a cotangent that is zero elsewhere sees to the table's.
 
     A provider may err twice as much as dense attention in the same dtype does, plus the rounding of the result.
     """
     device = tensors.query.device
     truth, limits, described = _truth(asked, device)
-    with torch.no_grad():
-        alone = attend(tensors.query, tensors.key, tensors.value)
-    out = attend(tensors.query, tensors.key, tensors.value)
-    cotangent = torch.zeros_like(tensors.cotangent)
-    cotangent[:1] = tensors.cotangent[:1]
-    gradients = torch.autograd.grad(out, tensors.leaves, cotangent)
     _, position = order_tables(own.order, own.height, own.width, device, own.tile)
-    in_image_order = [tensor[:1, :, position] for tensor in (alone, out.detach(), *gradients[:3])]
-    got = dict(zip(("out", "out_trained", "dquery", "dkey", "dvalue"), in_image_order, strict=True))
-    if own.bias_extent is not None:
-        got["dtable"] = gradients[3]
+    got: dict[str, Tensor] = {}
+    if FORWARD in modes:
+        with torch.no_grad():
+            got["out"] = attend(tensors.query, tensors.key, tensors.value)[:1, :, position]
+    if BOTH in modes:
+        out = attend(tensors.query, tensors.key, tensors.value)
+        cotangent = torch.zeros_like(tensors.cotangent)
+        cotangent[:1] = tensors.cotangent[:1]
+        gradients = torch.autograd.grad(out, tensors.leaves, cotangent)
+        in_image_order = [tensor[:1, :, position] for tensor in (out.detach(), *gradients[:3])]
+        got |= zip(("out_trained", "dquery", "dkey", "dvalue"), in_image_order, strict=True)
+        if own.bias_extent is not None:
+            got["dtable"] = gradients[3]
     errors = {name: relative_error(tensor, truth[name.removesuffix("_trained")]) for name, tensor in got.items()}
     return Gate(errors, {name: limits[name.removesuffix("_trained")] for name in errors}, described)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -55,14 +55,15 @@ class Prepared:
 
     Args:
         steps: what is timed, by mode. A mode may be missing, with the reason in `missing`.
-        gate: compares with the truth; None where there is nothing to compare (the reason belongs in `facts`).
+        gate: compares with the truth, given the modes that will be timed (a mode that ran out of memory will not be);
+            None where there is nothing to compare (the reason belongs in `facts`).
         missing: modes this provider cannot do, and why.
         samples_ms: timings that the provider took itself (in a process of its own, say), by mode.
         facts: what a reader of the row must know, e.g. the token order or what is on the clock.
     """
 
     steps: Mapping[str, Step] = field(default_factory=dict)
-    gate: Callable[[], Gate] | None = None
+    gate: Callable[[Collection[str]], Gate] | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     samples_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection
@@ -70,7 +70,7 @@ class LayoutProblem:
 
 def _prepare_curve(problem: CurveProblem, device: torch.device, *, make: Callable[[CurveProblem], Step]) -> Prepared:
     step = make(problem)
-    return Prepared({BUILD: step}, lambda: _compare_curves(step(), problem))
+    return Prepared({BUILD: step}, lambda modes: _compare_curves(step(), problem))
 
 
 def _numba_curve(problem: CurveProblem) -> Step:
@@ -115,7 +115,7 @@ def _compare_curves(got: object, problem: CurveProblem) -> Gate:
 def _prepare_layout(problem: LayoutProblem, device: torch.device) -> Prepared:
     order = problem.token_order(problem.height, problem.width)
 
-    def gate() -> Gate:
+    def gate(modes: Collection[str]) -> Gate:
         height, width = _CHECKED_SIDES
         small = problem.token_order(height, width)
         built = problem.pattern.layout(height, width, small).to_dense().numpy()

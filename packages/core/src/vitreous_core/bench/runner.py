@@ -122,7 +122,7 @@ def run_case(case: Case, providers: Sequence[Provider], roof: Roof, console: Con
     device = torch.device(case.device)
     contenders = _prepare_all(case, providers, device, console)
     for contender in contenders:
-        _pass_gate(contender)
+        _pass_gate(contender, contender.modes(case))
     clock = choose_clock(case.clock, device)
     for mode in case.modes:
         racing = [contender for contender in contenders if mode in contender.modes(case)]
@@ -160,11 +160,11 @@ def _prepare_all(case: Case, providers: Sequence[Provider], device: torch.device
     return contenders
 
 
-def _pass_gate(contender: _Contender) -> None:
-    if contender.state != "ok" or contender.prepared.gate is None:
+def _pass_gate(contender: _Contender, modes: Sequence[str]) -> None:
+    if not modes or contender.prepared.gate is None:
         return
     try:
-        contender.gate = contender.prepared.gate()
+        contender.gate = contender.prepared.gate(modes)
     except torch.OutOfMemoryError as error:
         contender.state, contender.reason = "out of memory", f"in the gate: {_first_line(error)}"
         return
