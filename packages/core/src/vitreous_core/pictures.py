@@ -16,6 +16,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .curves import Order, inverse_order
@@ -29,7 +30,7 @@ SERIES = (BLUE, ORANGE, "#1a936f", "#8e44ad", "#c0392b", "#7f6a00")
 _LARGEST_CURVE = 512 * 512
 _LARGEST_MASK = 4096
 _MOST_GRID_LINES = 32
-_SIDE = 4.6  # inches
+_SIDE = 3.5  # inches
 
 
 def draw_curve(order: Order, height: int, width: int, *, title: str) -> Figure:
@@ -102,14 +103,14 @@ class Curve:
 
 def draw_history(curves: Sequence[Curve], *, label: str, goal: float | None = None) -> Figure:
     """A score or loss over epochs, one line per run, with a dashed line at the goal."""
-    figure, (axes,) = _figure([(6.4, 4.0)])
+    figure, (axes,) = _figure([(5.0, 3.4)])
     for curve, color in zip(curves, _cycle(len(curves)), strict=True):
         axes.plot(curve.steps, curve.values, color=color, linewidth=2, label=curve.label)
         axes.scatter(curve.steps[-1], curve.values[-1], s=26, color=color, zorder=3)
     if goal is not None:
         axes.axhline(goal, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.text(
-            1, goal, f"goal {goal:g} %", color=MUTED, fontsize=8, va="bottom", ha="right",
+            0.01, goal, f"goal {goal:g} %", color=MUTED, fontsize=8, va="bottom", ha="left",
             transform=axes.get_yaxis_transform(),
         )  # fmt: skip
     axes.set_ylim(bottom=0)
@@ -119,6 +120,7 @@ def draw_history(curves: Sequence[Curve], *, label: str, goal: float | None = No
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#cbd2d9")
     axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch", color=MUTED, fontsize=9)
     axes.set_ylabel(label, color=MUTED, fontsize=9)
     axes.legend(frameon=False, fontsize=8, loc="best", labelcolor=INK)
@@ -154,7 +156,7 @@ def _draw_neighborhoods(axes: Axes, layout: BlockLayout, order: Order, title: st
         axes.tick_params(which="minor", length=0)
     _frame_image(axes, height, width, title)
     marks = [Patch(color=BLUE), Patch(color=ORANGE)]
-    _legend(axes, marks, ["a token in the middle and what it sees", "one in a corner"])
+    _legend(axes, marks, ["a middle token and what it sees", "a corner token"])
 
 
 def _draw_blocks(axes: Axes, layout: BlockLayout) -> None:
@@ -189,7 +191,7 @@ def _image_size(height: int, width: int) -> tuple[float, float]:
 def _frame_image(axes: Axes, height: int, width: int, title: str) -> None:
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)
-    axes.set_aspect("equal", anchor="N")
+    axes.set_aspect("equal")
     _frame(axes, title, "", "")
 
 
@@ -199,6 +201,7 @@ def _frame(axes: Axes, title: str, below: str, left: str) -> None:
     axes.set_ylabel(left, color=MUTED, fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.set_anchor("N")
     for spine in axes.spines.values():
         spine.set_color("#cbd2d9")
 

@@ -204,10 +204,11 @@ def _predict_held_back(model: Any, config: Config) -> list[Sample]:
 
 
 def _table(runs: Sequence[Run]) -> Table:
-    table = Table("model", box=None, pad_edge=False)
-    table.add_column("parameters", justify="right")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("params", justify="right")
     table.add_column("backend")
-    for column in ("epochs", "seconds", "best top-1 %"):
+    for column in ("epochs", "seconds", "top-1 %"):
         table.add_column(column, justify="right")
     for run in runs:
         table.add_row(
