@@ -120,8 +120,12 @@ def empty_share(pattern: str, options: dict[str, Any], order: str, *, height: in
 
 
 def recorded_runs() -> list[dict[str, Any]]:
-    """What `nox -s reproduce` wrote, oldest first within each config."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("repro/*/*/*/run.json"))]
+    """What `nox -s reproduce` wrote, with the paper, config and run that its folder is named for."""
+    found = []
+    for file in sorted(RESULTS.glob("repro/*/*/*/run.json")):
+        paper, config, run, _ = file.relative_to(RESULTS / "repro").parts
+        found.append({"paper": paper, "config": config, "run": run} | json.loads(file.read_text(encoding="utf-8")))
+    return found
 
 
 def runs_page() -> str:
@@ -130,20 +134,29 @@ def runs_page() -> str:
         [
             run["paper"],
             run["config"],
-            f"{run['top1']:.2f}",
+            run["run"],
+            f"{run['best']:.2f}",
             str(run["epochs"]),
             f"{run['seconds']:.0f}",
             str(run["seed"]),
-            run["machine"],
-            run["commit"],
+            f"{run['devices']} x {run['device']}",
+            run["torch"],
+            commit(run),
         ]
         for run in recorded_runs()
     ]
-    header = ["paper", "config", "top-1 %", "epochs", "seconds", "seed", "machine", "commit"]
+    header = ["paper", "config", "run", "top-1 %", "epochs", "seconds", "seed", "machine", "torch", "commit"]
     body = table(header, rows) if rows else "No run is recorded yet.\n"
     lead = "Trainings *trained here*, each with its resolved config and metrics beside it in docs/results/repro.\n"
     command = '```bash\nnox -s "reproduce(swiftformer)"      # adds rows; nox -s tables renders them\n```\n'
     return "\n".join([MADE_BY, "# Runs\n", command, lead, body])
+
+
+def commit(run: dict[str, Any]) -> str:
+    """The code of a run, as far as it is known."""
+    if run["commit"] is None:
+        return f"release {run['vitreous']}"
+    return run["commit"][:8] + (" and local changes" if run["dirty"] else "")
 
 
 def glance_table(claims: Iterable[dict[str, Any]]) -> str:
@@ -151,7 +164,7 @@ def glance_table(claims: Iterable[dict[str, Any]]) -> str:
     best: dict[str, float] = {}
     for run in recorded_runs():
         if run["config"].endswith("_digits"):
-            best[run["paper"]] = max(run["top1"], best.get(run["paper"], 0.0))
+            best[run["paper"]] = max(run["best"], best.get(run["paper"], 0.0))
     claims_of = {paper["paper"]: Counter(verdict(entry) for entry in paper["claims"]) for paper in claims}
     rows = []
     for paper in papers():
