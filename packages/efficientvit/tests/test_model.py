@@ -188,7 +188,7 @@ class TestDeploy:
             with pytest.raises(RuntimeError, match="call eval"):
                 module.switch_to_deploy()
             module.eval().switch_to_deploy()
-            with pytest.raises(RuntimeError, match="folded away"):
+            with pytest.raises(RuntimeError, match="cannot train"):
                 module.train()
             assert module.eval() is module
 
@@ -374,7 +374,7 @@ class TestBadInput:
             ({"img_size": 0}, ValueError, "img_size must be positive"),
             ({"img_size": "224"}, TypeError, "img_size must be an int"),
             ({"img_size": (224, 224, 3)}, TypeError, "img_size must be an int or"),
-            ({"out_indices": 3}, ValueError, r"out_indices must lie in \[-3, 3\)"),
+            ({"out_indices": 3}, ValueError, "out_indices must lie in -3..2"),
             ({"img_size": 224.0}, TypeError, "img_size must be an int or"),
             ({"out_indices": 1.0}, TypeError, "out_indices must be an int or a sequence"),
             ({"out_indices": ()}, TypeError, "out_indices must be an int or a sequence"),

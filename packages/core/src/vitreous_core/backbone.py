@@ -18,8 +18,8 @@ def stage_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, .
         TypeError: for no integers.
         ValueError: for an index that is out of range.
     """
-    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not indices or not all(isinstance(index, int) for index in indices):
+    indices = (out_indices,) if isinstance(out_indices, int) else out_indices
+    if not isinstance(indices, Sequence) or not indices or not all(isinstance(index, int) for index in indices):
         raise TypeError(f"out_indices must be an int or a sequence of ints; got {out_indices!r}")
     if any(not -stages <= index < stages for index in indices):
         raise ValueError(f"out_indices must lie in {-stages}..{stages - 1}; got {out_indices}")

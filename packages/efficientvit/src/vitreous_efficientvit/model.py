@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vitreous_core.backbone import check_evaluating, check_trainable, stage_indices
 from vitreous_core.fold import fold_norm_linear
 from vitreous_core.recompute import recompute
 
@@ -95,7 +96,7 @@ class EfficientViTMSRA(nn.Module):
         self.depths: tuple[int, ...] = tuple(arch["depths"])
         self.img_size = _checked_img_size(img_size)
         self.in_channels = in_channels
-        self.out_indices = _checked_out_indices(out_indices)
+        self.out_indices = stage_indices(out_indices, NUM_STAGES)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
@@ -153,7 +154,7 @@ class EfficientViTMSRA(nn.Module):
         Raises:
             RuntimeError: for training mode after `switch_to_deploy`.
         """
-        _check_trainable(self.deploy, mode)
+        check_trainable(self.deploy, mode)
         super().train(mode)
         self._freeze()
         if self.norm_eval:
@@ -175,7 +176,7 @@ class EfficientViTMSRA(nn.Module):
         """
         if self.deploy:
             return
-        _check_evaluating(self)
+        check_evaluating(self)
         _fold_batch_norms(self)
         self.deploy = True
 
@@ -264,7 +265,7 @@ class EfficientViTMSRAHead(nn.Module):
         Raises:
             RuntimeError: for training mode after `switch_to_deploy`.
         """
-        _check_trainable(self.deploy, mode)
+        check_trainable(self.deploy, mode)
         super().train(mode)
         return self
 
@@ -277,7 +278,7 @@ class EfficientViTMSRAHead(nn.Module):
         """
         if self.deploy:
             return
-        _check_evaluating(self)
+        check_evaluating(self)
         _fold_batch_norms(self)
         if isinstance(self.distillation_classifier, nn.Linear):
             for mine, other in zip(
@@ -420,19 +421,6 @@ def _fold_batch_norms(module: nn.Module) -> None:
             _fold_batch_norms(child)
 
 
-def _check_evaluating(module: nn.Module) -> None:
-    if module.training:
-        raise RuntimeError("switch_to_deploy folds running statistics and needs evaluation mode; call eval() first")
-
-
-def _check_trainable(deploy: bool, mode: bool) -> None:
-    if deploy and mode:
-        raise RuntimeError(
-            "the batch norms of this model are folded away (switch_to_deploy), so it cannot train; "
-            "build a new model and load the original weights"
-        )
-
-
 def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     if isinstance(arch, str):
         if arch.lower() not in settings:
@@ -464,12 +452,3 @@ def _checked_img_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     if any(side < STEM_STRIDE or side % STEM_STRIDE for side in sides):
         raise ValueError(f"img_size must be positive multiples of {STEM_STRIDE}; got {img_size}")
     return sides[0], sides[1]
-
-
-def _checked_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
-    indices = (out_indices,) if isinstance(out_indices, int) else out_indices
-    if not isinstance(indices, Sequence) or not indices or not all(isinstance(i, int) for i in indices):
-        raise TypeError(f"out_indices must be an int or a sequence of ints; got {out_indices!r}")
-    if any(not -NUM_STAGES <= index < NUM_STAGES for index in indices):
-        raise ValueError(f"out_indices must lie in [{-NUM_STAGES}, {NUM_STAGES}); got {out_indices}")
-    return tuple(index % NUM_STAGES for index in indices)

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from vitreous_core.backbone import stage_indices
+
 from .attention import FlashShiftWindowMSA, FlashWindowMSAV2, init_linear
 from .layers import LAYER_NORM, LayerConfig, build_activation, build_dropout, build_norm, pair
 from .ops import Backend
@@ -56,7 +58,7 @@ class _SwinBackbone(nn.Module, ABC):
         self.num_layers = len(self.depths)
         if len(self.num_heads) != self.num_layers:
             raise ValueError(f"arch needs one num_heads per stage; got {self.num_heads} for depths {self.depths}")
-        self.out_indices = _checked_out_indices(out_indices, self.num_layers)
+        self.out_indices = stage_indices(out_indices, self.num_layers)
         if not -1 <= frozen_stages < self.num_layers:
             raise ValueError(f"frozen_stages must be in [-1, {self.num_layers}); got {frozen_stages}")
         self.frozen_stages = frozen_stages
@@ -888,11 +890,3 @@ def _nth_config(name: str, configs: Config | Sequence[Config] | None, index: int
     if len(configs) != count:
         raise ValueError(f"{name} must be one dict or {count} of them; got {len(configs)}")
     return configs[index]
-
-
-def _checked_out_indices(out_indices: int | Sequence[int], count: int) -> tuple[int, ...]:
-    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    for index in indices:
-        if not -count <= index < count:
-            raise ValueError(f"out_indices must be in [-{count}, {count}); got {index}")
-    return tuple(index % count for index in indices)

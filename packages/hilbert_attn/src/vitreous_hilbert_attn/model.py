@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from vitreous_core.backbone import stage_indices
+
 from .attention import Backend, HilbertNeighborhoodAttention, HilbertWindowAttention, OrderName, permute_tokens
 
 Size = tuple[int, int]
@@ -32,12 +34,9 @@ class _HierarchicalBackbone(nn.Module):
 
     def __init__(self, out_indices: int | Sequence[int], frozen_stages: int, norm_eval: bool, depth: int) -> None:
         super().__init__()
-        indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        if any(not -depth <= index < depth for index in indices):
-            raise ValueError(f"out_indices must lie in {-depth}..{depth - 1}, one per stage; got {out_indices}")
         if not -1 <= frozen_stages < depth:
             raise ValueError(f"frozen_stages must lie in -1..{depth - 1}; got {frozen_stages}")
-        self.out_indices = tuple(sorted({index % depth for index in indices}))
+        self.out_indices = stage_indices(out_indices, depth)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
