@@ -3,8 +3,7 @@
 Modules ask for tables on every call, with the size of the image at hand; a hit costs a dictionary lookup. Tables
 are built outside inference mode and outside the fake tensors of tracing, so that one first needed during evaluation
 or export still serves training. Under `torch.compile` a call is evaluated while tracing and its tables become
-constants of the graph; the pattern must then come from outside the compiled function, for instance from a module's
-attribute.
+constants of the graph.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from . import curves
 from .layout import BitRule, BlockLayout, BoxRule, IntervalRule
 from .patterns import DEFAULT_BLOCK, Pattern
+from .schedule import Schedule, Side, Tiles
 
 ORDERS = ("row_major", "hilbert", "morton", "window", "tile")
 _CACHED_SIZES = 64
-_RULES: dict[str, Any] = {rule.__name__: rule for rule in (IntervalRule, BoxRule, BitRule)}
-_PLAIN_FIELDS = tuple(field.name for field in fields(BlockLayout) if field.name != "rule")
+_PARTED: dict[str, Any] = {
+    part.__name__: part for part in (BlockLayout, IntervalRule, BoxRule, BitRule, Schedule, Side, Tiles)
+}
 
 
 def build_order(kind: str, height: int, width: int, tile: int | tuple[int, int] | None = None) -> curves.Order:
@@ -86,9 +87,10 @@ def layout_for(
     key = (pattern, kind, height, width, tile, _indexed(device), query_block, key_block)
     if not torch.compiler.is_compiling():
         return _layout(*key)
-    # Dynamo takes tensors and numbers for constants but cannot see into an object that came as one.
-    rule, rule_values, values = _layout_parts(*key)
-    return BlockLayout(**dict(zip(_PLAIN_FIELDS, values, strict=True)), rule=_RULES[rule](*rule_values))
+    # Dynamo takes tensors and numbers for constants but cannot see into an object that came as one, nor build for
+    # the call a pattern that was made while tracing.
+    values = tuple(getattr(pattern, field.name) for field in fields(pattern))
+    return _rebuilt(_layout_parts(type(pattern), values, *key[1:]))
 
 
 def clear_caches() -> None:
@@ -120,10 +122,26 @@ def _layout(
 
 
 @torch.compiler.assume_constant_result
-def _layout_parts(*key: Any) -> tuple[str, tuple[Any, ...], tuple[Any, ...]]:
-    layout = _layout(*key)
-    rule_values = tuple(getattr(layout.rule, field.name) for field in fields(layout.rule))
-    return type(layout.rule).__name__, rule_values, tuple(getattr(layout, name) for name in _PLAIN_FIELDS)
+def _layout_parts(kind: type[Pattern], values: tuple[Any, ...], *key: Any) -> Any:
+    return _parts(_layout(kind(*values), *key))
+
+
+def _parts(value: Any) -> Any:
+    """Dataclasses and tuples as nested tuples of a type's name and what it is made of; all else as it is."""
+    if type(value).__name__ in _PARTED:
+        return type(value).__name__, tuple(_parts(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, tuple):
+        return "tuple", tuple(_parts(item) for item in value)
+    return value
+
+
+def _rebuilt(parts: Any) -> Any:
+    """What `_parts` took apart."""
+    if not isinstance(parts, tuple):
+        return parts
+    name, values = parts
+    rebuilt = [_rebuilt(value) for value in values]
+    return tuple(rebuilt) if name == "tuple" else _PARTED[name](*rebuilt)
 
 
 def _indexed(device: torch.device | str) -> str:

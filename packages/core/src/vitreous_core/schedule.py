@@ -250,7 +250,8 @@ def _component_starts(start: NDArray[np.int32], stop: NDArray[np.int32]) -> NDAr
 def _cut_axis(start: NDArray[np.int32], stop: NDArray[np.int32], size: int) -> NDArray[np.int32]:
     """Cut an axis into runs of at most `size` cells that visit little.
 
-    Components longer than `size` are cut evenly; shorter ones are put together while they fit.
+    Components longer than `size` are cut evenly. Others are put together while they fit, but only where two of the
+    longest do: joining a lone short window to its neighbour would make every tile mask.
 
     Returns:
         int32 `[n, 6]`: the run, the cells it visits, whether every cell of the run sees all of these, and whether
@@ -263,13 +264,16 @@ def _cut_axis(start: NDArray[np.int32], stop: NDArray[np.int32], size: int) -> N
 def _cut(start, stop, component_starts, size):  # type: ignore[no-untyped-def]
     length = len(start)
     cuts = np.empty((length, 6), dtype=np.int32)
+    longest = length - component_starts[-1]
+    for index in range(1, len(component_starts)):
+        longest = max(longest, component_starts[index] - component_starts[index - 1])
     used = 0
     index = 0
     while index < len(component_starts):
         first = component_starts[index]
         index += 1
         last = component_starts[index] if index < len(component_starts) else length
-        while index < len(component_starts):
+        while 2 * longest <= size and index < len(component_starts):
             longer = component_starts[index + 1] if index + 1 < len(component_starts) else length
             if longer - first > size:
                 break

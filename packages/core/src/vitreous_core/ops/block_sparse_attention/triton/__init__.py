@@ -19,7 +19,7 @@ _LARGEST_DIVIDEND = 2**30
 
 def unsupported_reasons(query: Tensor, layout: BlockLayout, needs_grad: bool, dropout_p: float = 0.0) -> list[str]:
     """Why the Triton kernels cannot run this; empty when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return ["the package triton is not installed"]
     reasons = []
     if query.is_cuda:
@@ -41,6 +41,13 @@ def unsupported_reasons(query: Tensor, layout: BlockLayout, needs_grad: bool, dr
     return reasons
 
 
+# These two ask the environment, which Dynamo cannot trace; neither answer changes within a process.
+@torch.compiler.assume_constant_result
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
 def _is_interpreted() -> bool:
     from triton import knobs
 

@@ -77,6 +77,7 @@ def _bsa_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    shift = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, count_columns(tile, GEOMETRY), BLOCK_N):
         column_y, column_x, key_token = column_cells(
             tile, start, position_ptr, bounds_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_N
@@ -92,10 +93,12 @@ def _bsa_fwd_kernel(
         k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
         scores = raw_scores(q, k, initial, visible, BIAS, MASK, PRECISION)  # [BLOCK_M, BLOCK_N]
 
-        row_max, old_max = tl.maximum(row_max, tl.max(scores, 1)), row_max
-        # Zero for a row that has seen nothing: then its weights are exp2(HIDDEN * scale) = 0.
+        seen_before, old_shift = row_max > 0.5 * HIDDEN, shift
+        row_max = tl.maximum(row_max, tl.max(scores, 1))
+        # Zero for a row that has seen nothing: then its weights are exp2(HIDDEN * scale) = 0. Everything refers to
+        # this one rounded number; a fused multiply-add of the maximum would differ from it in the last digit.
         shift = tl.where(row_max > 0.5 * HIDDEN, row_max * scale, 0.0)
-        decay = tl.exp2(old_max * scale - shift)
+        decay = tl.where(seen_before, tl.exp2(old_shift - shift), 0.0)
         weights = tl.exp2(scores * scale - shift[:, None])
         row_sum = row_sum * decay + tl.sum(weights, 1)
         if DROPOUT:
@@ -106,7 +109,7 @@ def _bsa_fwd_kernel(
 
     sees = row_max > 0.5 * HIDDEN
     row_sum = tl.where(sees, row_sum, 1.0)
-    lse = tl.where(sees, row_max * scale + tl.log2(row_sum), float("inf"))
+    lse = tl.where(sees, shift + tl.log2(row_sum), float("inf"))
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
     pointers = row_pointers(o_base, query_token, stride_ol, stride_od, offs_d)
     out = acc / row_sum[:, None]

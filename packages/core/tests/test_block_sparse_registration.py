@@ -1,0 +1,131 @@
+"""The registered operators: opcheck, fullgraph compilation as the first call, autocast, imports without Triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vitreous_core.curves import hilbert_order
+from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_sparse_attention, contracts
+from vitreous_core.patterns import Neighborhood2d, Window1d
+from vitreous_core.testing.attention import Problem
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+BOTH = [
+    pytest.param("interpreter", marks=pytest.mark.interpret),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
+
+
+def recorded_calls(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
+    """Arguments with which the public function calls the two operators."""
+    calls = {}
+    for name in ("block_sparse_attention", "block_sparse_attention_backward"):
+        operator = getattr(contracts, name)
+
+        def record(*arguments, _name=name, _operator=operator):
+            calls[_name] = arguments
+            return _operator(*arguments)
+
+        monkeypatch.setattr(contracts, name, record)
+    problem.run(problem.tensors(DEVICE), problem.layout().to(DEVICE), "triton")
+    return calls
+
+
+@pytest.mark.parametrize("where", BOTH)
+@pytest.mark.parametrize("bias", ["none", "cells"])
+def test_opcheck(where, bias, monkeypatch):
+    problem = Problem(Window1d(8), 4, 4, None, 1, 1, 1, 16, torch.float32, bias, "transposed", dropout_p=0.1)
+    calls = recorded_calls(problem, monkeypatch)
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.vitreous, name).default
+        arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+        torch.library.opcheck(operator, arguments)
+        if name == "block_sparse_attention":
+            for index in (0, 1, 2, 3):
+                if isinstance(arguments[index], torch.Tensor):
+                    arguments[index].requires_grad_()
+            torch.library.opcheck(operator, arguments)
+
+
+COMPILED_FIRST = """
+import torch
+from vitreous_core.indexing import layout_for, order_tables
+from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_sparse_attention
+from vitreous_core.patterns import Neighborhood2d
+
+device = "{device}"
+
+def attend(q, k, v, table):
+    layout = layout_for(Neighborhood2d(3), "hilbert", 4, 5, device)
+    order, _ = order_tables("hilbert", 4, 5, device)
+    bias, seed = RelativeBias2d(table, 4, 5, order), q.new_zeros((), dtype=torch.int64)
+    return block_sparse_attention(
+        q, k, v, layout, bias=bias, dropout_p=0.1, dropout_seed=seed, backend="triton"
+    )
+
+def run(function):
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 1, 20, 16, device=device, requires_grad=True) for _ in range(3)]
+    leaves.append(torch.randn(63, 1, device=device, requires_grad=True))
+    out = function(*leaves)
+    return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+compiled = torch.compile(attend, fullgraph=True, backend="{backend}")
+first = run(compiled)
+for a, b in zip(first, run(attend), strict=True):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+"""
+
+
+@pytest.mark.parametrize("where", BOTH)
+def test_fullgraph_compilation_as_the_first_call(where):
+    backend = "aot_eager" if DEVICE == "cpu" else "inductor"
+    script = COMPILED_FIRST.format(device=DEVICE, backend=backend)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_compiled_modules_see_new_batches_and_training_steps():
+    layout = Neighborhood2d(5).layout(12, 12, hilbert_order(12, 12)).to(DEVICE)
+    order = torch.from_numpy(hilbert_order(12, 12)).to(DEVICE)
+    table = torch.randn(23 * 23, 2, device=DEVICE, requires_grad=True)
+
+    def attend(q):
+        return block_sparse_attention(q, q, q, layout, bias=RelativeBias2d(table, 12, 12, order), backend="triton")
+
+    compiled = torch.compile(attend, fullgraph=True)
+    for batch in (2, 3, 5):
+        q = torch.randn(batch, 2, 144, 32, device=DEVICE, dtype=torch.float16)
+        assert torch.equal(compiled(q), attend(q))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_casts_the_tensors_and_not_the_bias(dtype):
+    layout = Window1d(16).layout(8, 8).to(DEVICE)
+    q = torch.randn(2, 2, 64, 32, device=DEVICE, requires_grad=True)
+    table = torch.randn(225, 2, device=DEVICE, requires_grad=True)
+    with torch.autocast("cuda", dtype=dtype):
+        out = block_sparse_attention(q, q.to(dtype), q, layout, bias=RelativeBias2d(table, 8, 8), backend="triton")
+    out.sum().backward()
+    assert (out.dtype, q.grad.dtype, table.grad.dtype) == (dtype, torch.float32, torch.float32)
+
+
+def test_the_truth_runs_without_triton():
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+from vitreous_core.ops.block_sparse_attention import block_sparse_attention
+from vitreous_core.patterns import Window1d
+q = torch.randn(1, 1, 16, 8, requires_grad=True)
+block_sparse_attention(q, q, q, Window1d(4).layout(4, 4), backend="torch").sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
