@@ -20,39 +20,6 @@ from vitreous_core import cli
 from vitreous_core.mm import train as training
 from vitreous_core.mm.checkpoints import CheckpointError, find_checkpoints, find_resume_point, load_checkpoint
 
-CONFIG = """
-custom_imports = dict(imports=['vitreous_core.mm'], allow_failed_imports=False)
-default_scope = 'mmpretrain'
-default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3, save_best='auto'))
-randomness = dict(seed=0)
-data_preprocessor = dict(num_classes=10, mean=[127.5] * 3, std=[127.5] * 3)
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(
-        type='VisionTransformer',
-        arch=dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=32),
-        img_size=8, patch_size=4, out_type='avg_featmap',
-    ),
-    head=dict(type='LinearClsHead', num_classes=10, in_channels=16),
-)
-pipeline = [dict(type='Resize', scale=8), dict(type='PackInputs')]
-train_dataloader = dict(
-    batch_size=64, num_workers=0, persistent_workers=False,
-    dataset=dict(type='DigitsDataset', split='train', indices=192, pipeline=pipeline),
-    sampler=dict(type='DefaultSampler', shuffle=True),
-)
-val_dataloader = dict(
-    batch_size=64, num_workers=0, persistent_workers=False,
-    dataset=dict(type='DigitsDataset', split='val', indices=64, pipeline=pipeline),
-    sampler=dict(type='DefaultSampler', shuffle=False),
-)
-val_evaluator = dict(type='Accuracy', topk=(1,))
-val_cfg = dict()
-test_dataloader, test_evaluator, test_cfg = val_dataloader, val_evaluator, val_cfg
-optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-2))
-param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True)]
-train_cfg = dict(by_epoch=True, max_epochs=2)
-"""
 ITERATIONS = 3  # per epoch
 
 
@@ -69,9 +36,9 @@ class PoisonHook(Hook):
 
 
 @pytest.fixture
-def config_file(tmp_path):
+def config_file(tmp_path, tiny_config):
     path = tmp_path / "tiny.py"
-    path.write_text(CONFIG)
+    path.write_text(tiny_config)
     return path
 
 
@@ -93,9 +60,9 @@ def vitreous(config_file, work_dir, capfd):
 
 
 @pytest.fixture(scope="module")
-def finished_once(tmp_path_factory):
+def finished_once(tmp_path_factory, tiny_config):
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.py").write_text(CONFIG)
+    (folder / "tiny.py").write_text(tiny_config)
     training.train(training.load_config(folder / "tiny.py"), work_dir=folder / "run", console=Console(quiet=True))
     return folder / "run"
 
@@ -257,17 +224,17 @@ def test_head_of_another_class_count_is_refused(vitreous):
     )  # fmt: skip
 
 
-def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(vitreous, work_dir, config_file):
-    config_file.write_text(CONFIG + "custom_hooks = [dict(type='PoisonHook', at=4)]\n")
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(vitreous, work_dir, config_file, tiny_config):
+    config_file.write_text(tiny_config + "custom_hooks = [dict(type='PoisonHook', at=4)]\n")
     assert _refused(vitreous(), "loss became nan at epoch 2, iteration 5 of 6", "epoch_1.pth")
     assert [path.name for path in find_checkpoints(work_dir)] == ["epoch_1.pth"]
     weights = load_checkpoint(work_dir / "epoch_1.pth")["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_nan_weights_are_never_written(vitreous, work_dir, config_file):
+def test_nan_weights_are_never_written(vitreous, work_dir, config_file, tiny_config):
     """The last step of an epoch diverges: its loss was finite, the weights are not."""
-    config_file.write_text(CONFIG + f"custom_hooks = [dict(type='PoisonHook', at={2 * ITERATIONS})]\n")
+    config_file.write_text(tiny_config + f"custom_hooks = [dict(type='PoisonHook', at={2 * ITERATIONS})]\n")
     assert _refused(vitreous(), "head.fc.weight holds NaN or infinity", "nothing was written", "epoch_1.pth")
     assert [path.name for path in find_checkpoints(work_dir)] == ["epoch_1.pth"]
 

@@ -173,20 +173,20 @@ def _info(options: argparse.Namespace) -> None:
     if options.card:
         console.print(Markdown(read_card(card.paper)))
         return
-    import vitreous_core.mm  # noqa: F401  (before any config is parsed)
-
+    config = _load(card.config)
     from .mm.models import build_model, complexity, input_size
-    from .mm.train import load_config
 
-    config = load_config(card.config)
     height, width = input_size(config)
     parameters, macs = complexity(build_model(config), (height, width))
+    stated = "" if card.macs in (None, macs) else f" as traced here, {card.macs:,} as the card counts"
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in (
         ("model", card.name),
         ("paper", f"{card.paper_title} ({card.paper_url})"),
         ("parameters", f"{parameters:,}"),
-        ("MACs", f"{macs:,} at {height} x {width}, one image"),
+        ("MACs", f"{macs:,}{stated}, one image of {height} x {width}"),
         ("top-1, quoted", "none" if card.top1 is None else f"{card.top1} %"),
         ("weights", card.weights or "none released; `vitreous convert` reads official checkpoints"),
         ("config", str(card.config)),
@@ -272,7 +272,8 @@ def _convert(options: argparse.Namespace) -> None:
         check_state(expected, state)
         converted = {"state_dict": state}
     partial = Path(f"{options.target}.partial")
-    torch.save(converted, partial)
+    with open(partial, "wb") as file:
+        torch.save(converted, file)
     os.replace(partial, options.target)
     print(f"{len(state)} tensors of {card.name} written to {options.target}")
 
@@ -356,8 +357,9 @@ def _load(path: Path, options: Sequence[str] = ()) -> Config:
     """The config at a path, after the one import that must come before any parsing."""
     import vitreous_core.mm  # noqa: F401
 
-    from .mm.train import load_config
+    from .mm.train import load_config, quiet_log
 
+    quiet_log()
     return load_config(path, _parse_options(options))
 
 

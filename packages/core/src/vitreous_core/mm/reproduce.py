@@ -120,6 +120,7 @@ def _portable(config: Config, work_dir: Path) -> Config:
     """The config without what belongs to this machine or this attempt."""
     config.work_dir = work_dir.name
     config.load_from, config.resume = None, False
+    config.pop("experiment_name", None)
     return config
 
 
@@ -148,9 +149,9 @@ def _describe(config: Config, result: TrainResult) -> dict[str, Any]:
 
 def _describe_source(paper: Paper) -> tuple[str | None, bool | None]:
     """Commit of the checkout that holds the paper's package, and whether it has changes; None for a wheel."""
-    commit = _git(paper, "rev-parse", "HEAD")
-    if not commit:
+    if _git(paper, "ls-files", "--error-unmatch", "__init__.py") is None:  # no checkout, or not of this package
         return None, None
+    commit = _git(paper, "rev-parse", "HEAD")
     return commit, bool(_git(paper, "status", "--porcelain", "--untracked-files=no"))
 
 

@@ -174,6 +174,12 @@ def read_history(work_dir: str | Path) -> tuple[list[dict[str, float]], list[dic
     return [train_records[step] for step in sorted(train_records)], [val_records[step] for step in sorted(val_records)]
 
 
+def quiet_log() -> None:
+    """Let MMEngine's log outside of runs say warnings only; models tell it about their ordinary settings."""
+    if not MMLogger.check_instance_created("vitreous"):
+        MMLogger.get_instance("vitreous", log_level="WARNING")
+
+
 class QuietRunner(Runner):
     """MMEngine's Runner with its log in the work dir's file, and only warnings and errors on the console."""
 
