@@ -65,7 +65,7 @@ def fold_norm_linear(norm: _BatchNorm, linear: nn.Linear) -> nn.Linear:
     bias = weight @ shift
     if linear.bias is not None:
         bias = bias + _exact(linear.bias)
-    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     folded = nn.Linear(linear.in_features, linear.out_features, **like)
     _assign(folded, weight * scale, bias)
     return folded

@@ -89,7 +89,7 @@ def layout_for(
         return _layout(*key)
     # Dynamo takes tensors and numbers for constants but cannot see into an object that came as one, nor build for
     # the call a pattern that was made while tracing.
-    values = tuple(getattr(pattern, field.name) for field in fields(pattern))
+    values = tuple(getattr(pattern, field.name) for field in fields(pattern))  # type: ignore[arg-type]  # all patterns are dataclasses
     return _rebuilt(_layout_parts(type(pattern), values, *key[1:]))
 
 
