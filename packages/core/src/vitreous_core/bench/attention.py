@@ -398,10 +398,14 @@ def _coordinates(problem: AttentionProblem, device: torch.device) -> tuple[Tenso
     return order // problem.width, order % problem.width
 
 
+def _visible(problem: AttentionProblem, device: torch.device) -> Tensor:
+    layout = layout_for(problem.pattern, problem.order, problem.height, problem.width, device, tile=problem.tile)
+    return layout.to_dense()
+
+
 def _additive_mask(problem: AttentionProblem, like: Tensor) -> Tensor:
-    layout = layout_for(problem.pattern, problem.order, problem.height, problem.width, like.device, tile=problem.tile)
     mask = torch.zeros(problem.length, problem.length, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(~layout.to_dense(), -math.inf)
+    return mask.masked_fill_(~_visible(problem, like.device), -math.inf)
 
 
 def _dense_bias(problem: AttentionProblem, tensors: Tensors) -> Callable[[], Tensor] | None:
@@ -410,7 +414,12 @@ def _dense_bias(problem: AttentionProblem, tensors: Tensors) -> Callable[[], Ten
     if table is None or problem.bias_extent is None:
         return None
     y, x = _coordinates(problem, table.device)
-    return partial(_gathered, table, _offset_index(y, x, problem.bias_extent), tensors.query.dtype)
+    index = _offset_index(y, x, problem.bias_extent)
+    # Invisible pairs have a gradient of zero, but their offsets are clamped to few entries, and PyTorch adds what
+    # belongs to one entry one after another. Spread over all entries they cost little.
+    anywhere = torch.arange(index.numel(), device=index.device).remainder_(len(table)).view_as(index)
+    index = torch.where(_visible(problem, table.device), index, anywhere)
+    return partial(_gathered, table, index, tensors.query.dtype)
 
 
 def _window_bias(problem: AttentionProblem, tensors: Tensors, window: int) -> Callable[[], Tensor]:
