@@ -358,7 +358,11 @@ def windowed(problem: AttentionProblem, tensors: Tensors, *, fused: bool) -> Att
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = cut(query), cut(key), cut(value)
         if fused:
-            return merge(F.scaled_dot_product_attention(query, key, value, None if bias is None else bias()))
+            # The fused kernels take four dimensions; these are views.
+            batch = query.shape[0]
+            mask = None if bias is None else bias().repeat(batch, 1, 1, 1)
+            out = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
+            return merge(out.unflatten(0, (batch, -1)))
         scores = (query * scale) @ key.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias()
