@@ -48,6 +48,8 @@ SMALL = {
     "window1d": Problem(Window1d(16), 5, 7, hilbert_order(5, 7), strides="transposed"),
     "window1d-shift-cells-gqa": Problem(Window1d(12, 5), 6, 6, hilbert_order(6, 6), 1, 4, 2, 16, SINGLE, "cells"),
     "window1d-wide-half": Problem(Window1d(90), 9, 11, None, 1, 1, 1, 24, HALF, strides="packed"),
+    "window1d-over-a-tile": Problem(Window1d(150, 20), 12, 17, None, 1, 1, 1, 16, HALF, dropout_p=0.2),
+    "window2d-over-a-tile": Problem(Window2d((9, 20), 3), 17, 23, hilbert_order(17, 23), 1, 1, 1, 8, SINGLE),
     "slide1d-dropout": Problem(Slide1d(21), 8, 9, morton_order(8, 9), 1, dropout_p=0.3, strides="strided"),
     "neighborhood1d-distance": Problem(Neighborhood1d(11), 4, 9, hilbert_order(4, 9), 2, 1, 1, 8, HALF, "distance"),
     "window2d-shift-cells": Problem(Window2d(4, 1), 6, 9, hilbert_order(6, 9), 2, 1, 1, 16, SINGLE, "cells"),
@@ -69,6 +71,8 @@ LARGE = {
     "slide1d-81-single-distance": Problem(Slide1d(81), 23, 29, None, 2, 2, 2, 64, SINGLE, "distance"),
     "neighborhood1d-D256": Problem(Neighborhood1d(49), 20, 21, None, 2, 2, 1, 256, HALF, "distance"),
     "neighborhood1d-D256-single": Problem(Neighborhood1d(65), 20, 21, None, 1, 2, 1, 256, SINGLE),
+    "window2d-14-single-dropout": Problem(Window2d(14), 30, 41, None, 2, 2, 2, 64, SINGLE, "dense", dropout_p=0.3),
+    "window2d-16-exact": Problem(Window2d(16), 32, 48, hilbert_order(32, 48), 2, 2, 2, 64, HALF, strides="packed"),
     "window2d-16-D40": Problem(Window2d(16), 37, 50, None, 2, 2, 2, 40, HALF, "cells", "transposed"),
     "window2d-7-shift": Problem(Window2d(7, 3), 31, 29, None, 3, 3, 3, 32, BRAIN, "cells", dropout_p=0.1),
     "window2d-4-packed-tiles": Problem(Window2d(4), 30, 30, hilbert_order(30, 30), 2, 2, 2, 64, HALF, "dense"),
@@ -78,7 +82,7 @@ LARGE = {
     "neighborhood2d-17-dropout": Problem(Neighborhood2d(17), 33, 35, None, 2, 2, 2, 64, BRAIN, dropout_p=0.4),
     "neighborhood2d-even-dilated": Problem(Neighborhood2d((6, 9), (2, 1)), 33, 35, None, 2, 4, 1, 24, HALF, "cells"),
     "neighborhood2d-large-scores": Problem(
-        Neighborhood2d(7), 35, 36, None, 2, 2, 2, 64, HALF, magnitude=5.0, strides="expanded"
+        Neighborhood2d(7), 35, 36, None, 2, 2, 2, 64, HALF, magnitude=3.0, strides="expanded"
     ),
     "bits-D64": Problem(scattered(31 * 33), 31, 33, None, 2, 2, 1, 64, HALF, "dense"),
     "bits-cells": Problem(scattered(31 * 33), 31, 33, None, 2, 2, 1, 64, SINGLE, "cells", dropout_p=0.2),

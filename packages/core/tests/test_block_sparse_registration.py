@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -24,15 +25,17 @@ BOTH = [
 def recorded_calls(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
     """Arguments with which the public function calls the two operators."""
     calls = {}
-    for name in ("block_sparse_attention", "block_sparse_attention_backward"):
-        operator = getattr(contracts, name)
+    names = ("block_sparse_attention", "block_sparse_attention_backward")
+    operators = {name: getattr(contracts, name) for name in names}
 
-        def record(*arguments, _name=name, _operator=operator):
-            calls[_name] = arguments
-            return _operator(*arguments)
+    def record(name, operator, *arguments):
+        calls[name] = arguments
+        return operator(*arguments)
 
-        monkeypatch.setattr(contracts, name, record)
-    problem.run(problem.tensors(DEVICE), problem.layout().to(DEVICE), "triton")
+    with monkeypatch.context() as patched:
+        for name, operator in operators.items():
+            patched.setattr(contracts, name, partial(record, name, operator))
+        problem.run(problem.tensors(DEVICE), problem.layout().to(DEVICE), "triton")
     return calls
 
 

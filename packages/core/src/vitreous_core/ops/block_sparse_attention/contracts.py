@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...layout import BlockLayout
 from .bias import Bias, RelativeBias1d, RelativeBias2d
@@ -32,6 +33,7 @@ class Tables(NamedTuple):
     key_bounds: Tensor
     key_bits: Tensor
     position: Tensor
+    windows: Tensor
 
 
 class Facts(NamedTuple):
@@ -41,6 +43,7 @@ class Facts(NamedTuple):
         geometry, height, width: of the schedule.
         forward_steps, dq_steps, dkv_steps, closed_steps, bias_steps: 0 when rows of that pass differ in what they
             see; else a number that divides the columns of every tile (the rows for the closed pass).
+        window_steps, largest_window: of the schedule.
         bias: which kind, one of the constants above.
         image_width, code_width, centre: of the bias: row length of the image, of the table, index of offset zero.
     """
@@ -53,6 +56,8 @@ class Facts(NamedTuple):
     dkv_steps: int
     closed_steps: int
     bias_steps: int
+    window_steps: int
+    largest_window: int
     bias: int
     image_width: int
     code_width: int
@@ -75,17 +80,18 @@ def attention(
     tables = Tables(
         forward.table, dq.table, dkv.table, closed.table, of_bias.table,
         schedule.queries.bounds, schedule.queries.bits, schedule.keys.bounds, schedule.keys.bits, schedule.position,
+        schedule.windows,
     )  # fmt: skip
     steps = [0 if tiles.masked else tiles.column_multiple for tiles in (forward, dq, dkv)]
     facts = Facts(
         schedule.geometry, schedule.height, schedule.width,
         steps[0], steps[1], steps[2],
         0 if closed.masked else closed.row_multiple, 0 if of_bias.masked else of_bias.column_multiple,
-        kind, *numbers,
+        schedule.window_multiple, schedule.largest_window, kind, *numbers,
     )  # fmt: skip
     tiling = [number for tile in config for number in tile]
     out, _ = block_sparse_attention(
-        query, key, value, table, cells, dropout_seed, list(tables), list(facts), tiling, scale, dropout_p,
+        query, key, value, table, cells, dropout_seed, tables, facts, tiling, scale, dropout_p,
     )  # fmt: skip
     return out
 
@@ -106,8 +112,25 @@ def _flat_bias(
             return bias, None, DENSE_BIAS, (1, 1, 0)
 
 
-@torch.library.custom_op("vitreous::block_sparse_attention", mutates_args=())
-def block_sparse_attention(
+# `custom_op` would be shorter; its Python layers cost ten times as much per call as these, more than a small kernel.
+_library = torch.library.Library("vitreous", "FRAGMENT")
+_library.define(
+    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? cells, Tensor? seed, "
+    "Tensor[] tables, int[] facts, int[] tiling, float scale, float dropout_p) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "block_sparse_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "Tensor? bias, Tensor? cells, Tensor? seed, Tensor[] tables, int[] facts, int[] tiling, float scale, "
+    "float dropout_p, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+block_sparse_attention = torch.ops.vitreous.block_sparse_attention.default
+block_sparse_attention_backward = torch.ops.vitreous.block_sparse_attention_backward.default
+
+
+@torch.library.impl(_library, "block_sparse_attention", "CompositeExplicitAutograd")
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -128,8 +151,8 @@ def block_sparse_attention(
         cells: integer `[L]`, image cell of every token, for a bias by cells; None: the token itself.
         seed: int64 `[]`, of the dropout.
         tables, facts: `Tables` and `Facts`.
-        tiling: the five tiles of a `triton.configs.Config`, flat.
-        scale, dropout_p: as in `api.block_sparse_attention`.
+        tiling: the tiles of a `triton.configs.Config`, flat.
+        scale, dropout_p: as in `api.block_sparse_attention`, the scale positive.
     """
     from .triton.forward import launch_forward
 
@@ -138,13 +161,13 @@ def block_sparse_attention(
     )
 
 
-@block_sparse_attention.register_fake
+@torch.library.register_fake("vitreous::block_sparse_attention", lib=_library)
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("vitreous::block_sparse_attention_backward", mutates_args=())
-def block_sparse_attention_backward(
+@torch.library.impl(_library, "block_sparse_attention_backward", "CompositeExplicitAutograd")
+def _launch_backward(
     dout: Tensor,
     query: Tensor,
     key: Tensor,
@@ -170,33 +193,42 @@ def block_sparse_attention_backward(
     )  # fmt: skip
 
 
-@block_sparse_attention_backward.register_fake
+@torch.library.register_fake("vitreous::block_sparse_attention_backward", lib=_library)
 def _(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_bias = rest[-1]
-    if needs_bias:
-        assert bias is not None
-        dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
-    else:
-        dbias = query.new_empty(0)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs_bias else query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, cells, seed, tables, *numbers = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, bias, cells, seed, *tables)
-    ctx.numbers = numbers
+class _Attention(torch.autograd.Function):
+    """Saves query, key, value, output, log-sum-exp and tables; never the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = block_sparse_attention(*arguments)
+        query, key, value, bias, cells, seed, tables, *ctx.numbers = arguments
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(query, key, value, out, lse, bias, cells, seed, *tables)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key, value, out, lse, bias, cells, seed, *tables = ctx.saved_tensors
+        needs_bias = bias is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dbias = block_sparse_attention_backward(
+            dout, query, key, value, out, lse, bias, cells, seed, tables, *ctx.numbers, needs_bias
+        )
+        return dq, dk, dv, dbias if needs_bias else None, *[None] * 7
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
-    query, key, value, out, lse, bias, cells, seed, *tables = ctx.saved_tensors
-    needs_bias = bias is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = block_sparse_attention_backward(
-        dout, query, key, value, out, lse, bias, cells, seed, tables, *ctx.numbers, needs_bias
-    )
-    return dq, dk, dv, dbias if needs_bias else None, None, None, [None] * len(tables), None, None, None, None
-
-
-block_sparse_attention.register_autograd(_backward, setup_context=_setup_context)
+@torch.library.impl(_library, "block_sparse_attention", "Autograd")
+def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tracked = arguments[:4]
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked):
+        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return block_sparse_attention(*arguments)  # type: ignore[no-any-return]

@@ -22,12 +22,15 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All passes. `closed` is the one-pass backward of tiles that see exactly themselves; rows 0: not used."""
+    """All passes. `closed` and `window` are the one-pass backwards of windows that fit a tile and that do not; rows 0:
+    not used.
+    """
 
     forward: Tile
     dq: Tile
     dkv: Tile
     closed: Tile
+    window: Tile
     bias: Tile
 
 
@@ -47,6 +50,10 @@ _SINGLE = (
 )
 # Largest rows x head dimension of the one-pass backward, which keeps a whole window's tensors on chip.
 _CLOSED_HALF, _CLOSED_SINGLE = 128 * 64, 64 * 64
+# The one-pass backward of larger windows (rows are keys), and the most cells for which one program per window and
+# head still gives enough of them.
+_WINDOW_HALF, _WINDOW_SINGLE = Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)
+_LARGEST_WINDOW = 1024
 
 
 def choose(dtype: torch.dtype, head_dim: int, schedule: Schedule, groups: int, has_bias: bool) -> Config:
@@ -67,4 +74,7 @@ def choose(dtype: torch.dtype, head_dim: int, schedule: Schedule, groups: int, h
         if groups == 1 and schedule.queries.at(rows).closed and rows * head_dim <= largest:
             closed = Tile(rows, rows, 4 if rows == 64 else 8, 1)
             break
-    return Config(forward, dq, dkv, closed, bias)
+    window = _NO_TILE
+    if groups == 1 and not closed.rows and 0 < schedule.largest_window <= _LARGEST_WINDOW and head_dim <= 64:
+        window = _WINDOW_SINGLE if dtype == torch.float32 else _WINDOW_HALF
+    return Config(forward, dq, dkv, closed, window, bias)

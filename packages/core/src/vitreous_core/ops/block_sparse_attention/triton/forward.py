@@ -30,6 +30,7 @@ from .primitives import (
     dropout_keep,
     initial_scores,
     load_tile,
+    operand,
     raw_scores,
     row_bounds,
     row_cells,
@@ -105,7 +106,7 @@ def _bsa_fwd_kernel(
             keep = dropout_keep(seed_ptr, batch_head, query_token[:, None], key_token[None, :], threshold)
             weights = tl.where(keep, weights * keep_scale, 0.0)
         v = tl.load(row_pointers(v_base, key_token, stride_vl, stride_vd, offs_d), mask=mask_d, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        acc = tl.dot(operand(weights, v, PRECISION), v, acc * decay[:, None], input_precision=PRECISION)
 
     sees = row_max > 0.5 * HIDDEN
     row_sum = tl.where(sees, row_sum, 1.0)

@@ -129,6 +129,15 @@ def row_bounds(bounds_ptr, y, x, height, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
+def window_cells(tile, y, x, GEOMETRY: tl.constexpr):
+    """Which cells of a padded walk over a window are the window's."""
+    inside = x < tile[7]
+    if GEOMETRY == IMAGE:
+        inside &= y < tile[5]
+    return inside
+
+
+@triton.jit
 def visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY: tl.constexpr, MASK: tl.constexpr):
     """Whether each row sees each column, bool, broadcastable to `[rows, columns]`.
 
@@ -146,10 +155,7 @@ def visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY: t
         if GEOMETRY == IMAGE:
             visible &= (column_y[None, :] >= y_start[:, None]) & (column_y[None, :] < y_stop[:, None])
     else:
-        visible = column_x < tile[7]
-        if GEOMETRY == IMAGE:
-            visible &= column_y < tile[5]
-        visible = visible[None, :]
+        visible = window_cells(tile, column_y, column_x, GEOMETRY)[None, :]
     return visible
 
 
@@ -200,6 +206,19 @@ def raw_scores(rows, columns, initial, visible, BIAS: tl.constexpr, MASK: tl.con
         if MASK > 0:
             scores = tl.where(visible, scores, HIDDEN)
     return scores
+
+
+@triton.jit
+def operand(values, other, PRECISION: tl.constexpr):
+    """Fp32 values as operand of a product with `other`.
+
+    Matrix units cut fp32 off to TF32; cutting weights, which are all positive, would make every sum too small.
+    """
+    values = values.to(other.dtype)
+    if (other.dtype == tl.float32) & (PRECISION == "tf32"):
+        bits = values.to(tl.int32, bitcast=True)
+        values = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
+    return values
 
 
 @triton.jit
