@@ -230,7 +230,7 @@ def test_every_import_is_declared(member: str) -> None:
             top = name.split(".")[0]
             if top in sys.stdlib_module_names or top.startswith("vitreous_"):
                 continue
-            if top == "pytest" and "testing" in file.parts:  # for those who write tests, who have it
+            if top in {"pytest", "hypothesis"} and "testing" in file.parts:  # for those who write tests, who have both
                 continue
             if not on_import and "bench" in file.relative_to(ROOT).parts[4:]:  # what a measurement compares with
                 continue
