@@ -318,7 +318,7 @@ def _show_pattern(options: argparse.Namespace) -> None:
     pattern = _pattern(options)
     query_block, key_block = options.block
     picture = draw_pattern(
-        pattern, height, width, _order(options), title=f"{pattern}, {options.order} order",
+        pattern, height, width, _order(options), title=f"{pattern}\n{options.order} order",
         query_block=query_block, key_block=key_block,
     )  # fmt: skip
     out = options.out or Path(f"{options.pattern}_{options.order}_{height}x{width}.png")

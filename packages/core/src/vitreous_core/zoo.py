@@ -108,8 +108,14 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     if not names:
         return "no paper is installed: install one, e.g. vitreous-swiftformer"
-    prefix = [other for other in names if other.startswith(name.lower())]
-    close = prefix or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    wanted = name.lower()
+    close = [other for other in names if other.startswith(wanted)] or difflib.get_close_matches(
+        wanted, names, cutoff=0.5
+    )
+    if not close:
+        # A model without the batch and data set of its recipe.
+        families = {other.partition("_")[0]: other for other in reversed(names)}
+        close = [families[family] for family in difflib.get_close_matches(wanted, families)]
     if close:
         return f"did you mean {' or '.join(close[:3])}? `vitreous list` shows all"
     return "`vitreous list` shows all"
