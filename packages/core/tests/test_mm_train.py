@@ -295,6 +295,14 @@ def test_mistakes_in_configs_are_one_line(vitreous, tmp_path, config_file):
     assert _refused(vitreous(), "cannot be read")
 
 
+def test_missing_data_says_where_to_put_it(vitreous, tmp_path):
+    imagenet = _options(
+        train_dataloader__dataset__type="ImageNet", train_dataloader__dataset__data_root=tmp_path / "in"
+    )
+    refused = vitreous(*imagenet)
+    assert _refused(refused, f"the data is not at {tmp_path}/in", "train_dataloader.dataset.data_root=FOLDER")
+
+
 def test_launcher_without_a_gpu_is_refused(vitreous, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert _refused(vitreous("--launcher", "pytorch"), "needs GPUs")
@@ -338,11 +346,11 @@ def test_resuming_a_copy_leaves_the_original_alone(finished_once, finished, vitr
     assert sorted(path.name for path in finished_once.iterdir()) == before
 
 
-def test_history_keeps_the_later_record_of_a_step(tmp_path):
+def test_history_keeps_the_later_record_of_a_step_and_whole_lines(tmp_path):
     for run, score in (("20240101_000000", 1.0), ("20240101_000001", 2.0)):
         path = tmp_path / run / "vis_data" / "scalars.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"accuracy/top1": score, "step": 1}) + "\n")
+        path.write_text(json.dumps({"accuracy/top1": score, "step": 1}) + '\n{"accuracy/to')
     assert training.read_history(tmp_path) == ([], [{"accuracy/top1": 2.0, "step": 1}])
 
 

@@ -90,7 +90,7 @@ class ProgressHook(Hook):
         self.bar: Progress | None = None
 
     def before_train(self, runner: Runner) -> None:
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or runner.rank != 0:
             return
         self.bar = Progress(
             TextColumn("{task.description}"),

@@ -117,7 +117,7 @@ def train(
 
     start = time.perf_counter()
     progress = ProgressHook(console, title=_stem(config))
-    with _errors_of_configs(), _errors_of_disks(folder):
+    with _errors_of_configs(config), _errors_of_disks(folder):
         runner = build_runner(config, console)
         for hook in (MovedRunHook(), ClassCountHook(), NonFiniteLossHook(), progress):
             runner.register_hook(hook)
@@ -148,7 +148,7 @@ def evaluate(
     """
     config, folder = _prepare(config, work_dir, launcher)
     _require_writable(folder)
-    with _errors_of_configs(), _errors_of_disks(folder):
+    with _errors_of_configs(config), _errors_of_disks(folder):
         runner = build_runner(config, console or Console())
         model = runner.model.module if hasattr(runner.model, "module") else runner.model
         load_weights(model, checkpoint)
@@ -168,7 +168,10 @@ def read_history(work_dir: str | Path) -> tuple[list[dict[str, float]], list[dic
     val_records: dict[float, dict[str, float]] = {}
     for path in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a process that died while it wrote
+                continue
             kept = train_records if "loss" in record else val_records
             kept[record["step"]] = record
     return [train_records[step] for step in sorted(train_records)], [val_records[step] for step in sorted(val_records)]
@@ -294,10 +297,19 @@ def _require_writable(folder: Path) -> None:
 
 
 @contextmanager
-def _errors_of_configs() -> Iterator[None]:
-    """Turns what MMEngine raises for a wrong name in a config into one line."""
+def _errors_of_configs(config: Config) -> Iterator[None]:
+    """Turns what MMEngine raises for a wrong name in a config, or for absent data, into one line."""
     try:
         yield
+    except FileNotFoundError as error:
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            root = config.get(name, {}).get("dataset", {}).get("data_root")
+            if root and str(error.filename).startswith(str(root)):
+                raise UserError(
+                    f"the data is not at {error.filename}; put it there, or name its place with --cfg-options "
+                    f"{name}.dataset.data_root=FOLDER and the same for the other two dataloaders"
+                ) from error
+        raise
     except KeyError as error:
         unknown = re.search(r"(\w+) is not in the (\S+) registry", str(error))
         if unknown is None:
