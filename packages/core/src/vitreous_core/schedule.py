@@ -110,7 +110,13 @@ class Schedule:
             tiles = tuple(replace(tiles, table=tiles.table.to(device)) for tiles in side.tiles)
             return Side(tiles, side.bounds.to(device), side.bits.to(device))
 
-        return replace(self, queries=move(self.queries), keys=move(self.keys), position=self.position.to(device))
+        return replace(
+            self,
+            queries=move(self.queries),
+            keys=move(self.keys),
+            position=self.position.to(device),
+            windows=self.windows.to(device),
+        )
 
 
 def sequence_schedule(start: NDArray[np.int32], stop: NDArray[np.int32]) -> Schedule:
