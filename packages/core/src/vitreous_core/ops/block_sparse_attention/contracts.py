@@ -198,7 +198,11 @@ def _(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_bias = rest[-1]
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs_bias else query.new_empty(0)
+    if needs_bias:
+        assert bias is not None
+        dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    else:
+        dbias = query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), dbias
 
 
@@ -206,7 +210,7 @@ class _Attention(torch.autograd.Function):
     """Saves query, key, value, output, log-sum-exp and tables; never the scores."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = block_sparse_attention(*arguments)
         query, key, value, bias, cells, seed, tables, *ctx.numbers = arguments
@@ -216,7 +220,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse, bias, cells, seed, *tables = ctx.saved_tensors
         needs_bias = bias is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dbias = block_sparse_attention_backward(
@@ -229,6 +233,6 @@ class _Attention(torch.autograd.Function):
 def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
     tracked = arguments[:4]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked):
-        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+        return _Attention.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return block_sparse_attention(*arguments)  # type: ignore[no-any-return]
+        return block_sparse_attention(*arguments)
