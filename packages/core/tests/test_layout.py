@@ -84,23 +84,6 @@ def test_tiles_know_what_needs_no_mask():
     assert (slide.masked, slide.closed) == (True, False)
 
 
-@pytest.mark.parametrize("pattern", [Window1d(9, 4), Window2d((4, 5), (3, 0)), Window2d(20)])
-def test_windows_are_the_parts_that_see_themselves(pattern):
-    schedule, dense = pattern.layout(10, 13).schedule, pattern.dense(10, 13)
-    covered = np.zeros_like(dense)
-    for y0, y1, x0, x1, *same, shift in schedule.windows.tolist():
-        assert same == [y0, y1, x0, x1]
-        cell = (np.arange(y0, y1)[:, None] * schedule.width + np.arange(x0, x1)).ravel()
-        covered[np.ix_(cell, cell)] = True
-        padded = (x1 - x0) if schedule.geometry != IMAGE else 1 << shift
-        assert x1 - x0 <= padded
-        assert (y1 - y0) * padded <= schedule.largest_window
-        assert schedule.window_multiple == 1 or (y1 - y0) * padded % schedule.window_multiple == 0
-    assert (covered == dense).all()
-    for other in (Slide1d(9), Neighborhood2d(3), from_mask(lambda q, k: q == k, 130)):
-        assert not len(other.layout(10, 13).schedule.windows)
-
-
 def test_tile_of_a_neighbourhood_visits_the_halo_of_its_own_shape():
     # 17 x 17 at 128 x 128: tiles of 64 queries need at most 4 x 16 cells plus 16 around, in any token order.
     for order in (None, hilbert_order(128, 128)):

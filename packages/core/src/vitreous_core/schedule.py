@@ -87,10 +87,6 @@ class Schedule:
         keys: rows are keys, columns queries.
         height, width: the grid in residue-major cells (see `layout.BoxRule`).
         position: int32 `[L]`, token of every residue-major cell; empty when each cell is its token.
-        windows: int32 `[W, 9]`, for patterns that cut the grid into parts that see all of themselves and nothing
-            else: the parts, uncut, as rows of a tile table. Else empty.
-        window_multiple: a number that divides the cells of every window, 1 if any has padding.
-        largest_window: cells of the largest window, padding included; 0 without windows.
     """
 
     geometry: int
@@ -99,9 +95,6 @@ class Schedule:
     height: int
     width: int
     position: Tensor
-    windows: Tensor
-    window_multiple: int
-    largest_window: int
 
     def to(self, device: torch.device | str) -> Schedule:
         """The same schedule with every tensor on `device`."""
@@ -115,7 +108,6 @@ class Schedule:
             queries=move(self.queries),
             keys=move(self.keys),
             position=self.position.to(device),
-            windows=self.windows.to(device),
         )
 
 
@@ -125,8 +117,7 @@ def sequence_schedule(start: NDArray[np.int32], stop: NDArray[np.int32]) -> Sche
     for axis in ((start, stop), _transposed(start, stop)):
         tiles = tuple(_sequence_tiles(axis, rows) for rows in ROWS_PER_TILE)
         sides.append(Side(tiles, _tensor(np.stack(axis, axis=1)), _empty()))
-    windows = _windows(np.array([[0, 1]]), _components(start, stop), padded=False)
-    return Schedule(SEQUENCE, sides[0], sides[1], 1, len(start), _empty(), *windows)
+    return Schedule(SEQUENCE, sides[0], sides[1], height=1, width=len(start), position=_empty())
 
 
 def image_schedule(rows: Axis, columns: Axis, position: NDArray[np.int32] | None) -> Schedule:
@@ -143,8 +134,7 @@ def image_schedule(rows: Axis, columns: Axis, position: NDArray[np.int32] | None
         bounds = np.concatenate((np.stack(y, axis=1), np.stack(x, axis=1)))
         sides.append(Side(tiles, _tensor(bounds), _empty()))
     table = _empty() if position is None else _tensor(position.ravel())
-    windows = _windows(_components(*rows), _components(*columns))
-    return Schedule(IMAGE, sides[0], sides[1], len(rows[0]), len(columns[0]), table, *windows)
+    return Schedule(IMAGE, sides[0], sides[1], height=len(rows[0]), width=len(columns[0]), position=table)
 
 
 def block_schedule(rows: Callable[[int, int], NDArray[np.bool_]], length: int) -> Schedule:
@@ -170,7 +160,7 @@ def block_schedule(rows: Callable[[int, int], NDArray[np.bool_]], length: int) -
         _block_side(pair, np.concatenate(bits), length),
         _block_side(pair[:, ::-1], np.concatenate(transposed_bits), length),
     ]
-    return Schedule(BLOCKS, sides[0], sides[1], 1, length, _empty(), _empty(), 1, 0)
+    return Schedule(BLOCKS, sides[0], sides[1], height=1, width=length, position=_empty())
 
 
 def _block_side(pair: NDArray[np.int64], bits: NDArray[np.int32], length: int) -> Side:
@@ -260,31 +250,6 @@ def _component_starts(start: NDArray[np.int32], stop: NDArray[np.int32]) -> NDAr
     # Cell c starts a run when nothing before c reaches c and nothing from c on reaches before c.
     cell = np.arange(1, len(start))
     return np.concatenate(([0], cell[(stop[:-1] <= cell) & (start[1:] >= cell)]))
-
-
-def _components(start: NDArray[np.int32], stop: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The components as ranges `[n, 2]`; none unless every cell sees exactly its own component."""
-    first = _component_starts(start, stop)
-    last = np.append(first[1:], len(start))
-    length = last - first
-    is_whole = (start == np.repeat(first, length)).all() and (stop == np.repeat(last, length)).all()
-    return np.stack((first, last), axis=1)[: len(first) if is_whole else 0]
-
-
-def _windows(down: NDArray[np.int64], across: NDArray[np.int64], padded: bool = True) -> tuple[Tensor, int, int]:
-    """`windows`, `window_multiple` and `largest_window` of a schedule from the components of both axes."""
-    if not (len(down) and len(across)):
-        return _empty(), 1, 0
-    height, width = down[:, 1] - down[:, 0], across[:, 1] - across[:, 0]
-    shift = np.frexp(width - 1)[1] if padded else np.zeros_like(width)
-    table = np.empty((len(down), len(across), 9), dtype=np.int32)
-    table[..., 0:2], table[..., 2:4] = down[:, None], across[None]
-    table[..., 4:8] = table[..., 0:4]
-    table[..., 8] = shift
-    is_padded = padded and (width != 1 << shift).any()
-    cells = np.outer(height, 1 << shift if padded else width)
-    multiple = 1 if is_padded else int(np.gcd.reduce(cells.ravel()))
-    return _tensor(table.reshape(-1, 9)), multiple, int(cells.max())
 
 
 def _cut_axis(start: NDArray[np.int32], stop: NDArray[np.int32], size: int) -> NDArray[np.int32]:

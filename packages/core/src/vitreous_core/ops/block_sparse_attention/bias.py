@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ class RelativeBias2d:
     Args:
         table: `[(2 * a - 1) * (2 * b - 1), H]`, any floating dtype; receives a gradient.
         height, width: sides of the image.
-        order: the token order, int `[L]`, a CPU array or a tensor; None is row-major.
+        order: the token order, int `[L]`, a CPU array or a tensor (on the table's device it saves a copy and
+            compiles); None is row-major.
         extent: `(a, b)`, offsets below which the table reaches; None is `(height, width)`.
 
     Raises:
@@ -69,6 +72,18 @@ class RelativeBias2d:
         """Columns of the table."""
         return self.table.shape[1]
 
+    def cells(self, device: torch.device) -> Tensor | None:
+        """Row-major cell of every token, integer `[L]`, on a device; None for row-major order.
+
+        An order that lives elsewhere is copied once and remembered by its content.
+        """
+        if self.order is None:
+            return None
+        if isinstance(self.order, Tensor) and self.order.device == device:
+            return self.order
+        order = self.order.cpu().numpy() if isinstance(self.order, Tensor) else np.asarray(self.order)
+        return _cells_on(order.astype(np.int32).tobytes(), device)
+
     def coordinates(self) -> tuple[Tensor, Tensor]:
         """Row and column of every token, int64 `[L]`, on the table's device."""
         device = self.table.device
@@ -99,6 +114,12 @@ class RelativeBias2d:
                 f"got {self.reach}. Leave extent out to cover the whole image"
             )
         return found
+
+
+@lru_cache(32)
+def _cells_on(order: bytes, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.frombuffer(order, dtype=np.int32).copy()).to(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,6 @@ class Tables(NamedTuple):
     key_bounds: Tensor
     key_bits: Tensor
     position: Tensor
-    windows: Tensor
 
 
 class Facts(NamedTuple):
@@ -43,7 +42,6 @@ class Facts(NamedTuple):
         geometry, height, width: of the schedule.
         forward_steps, dq_steps, dkv_steps, closed_steps, bias_steps: 0 when rows of that pass differ in what they
             see; else a number that divides the columns of every tile (the rows for the closed pass).
-        window_steps, largest_window: of the schedule.
         bias: which kind, one of the constants above.
         image_width, code_width, centre: of the bias: row length of the image, of the table, index of offset zero.
     """
@@ -56,8 +54,6 @@ class Facts(NamedTuple):
     dkv_steps: int
     closed_steps: int
     bias_steps: int
-    window_steps: int
-    largest_window: int
     bias: int
     image_width: int
     code_width: int
@@ -80,14 +76,13 @@ def attention(
     tables = Tables(
         forward.table, dq.table, dkv.table, closed.table, of_bias.table,
         schedule.queries.bounds, schedule.queries.bits, schedule.keys.bounds, schedule.keys.bits, schedule.position,
-        schedule.windows,
     )  # fmt: skip
     steps = [0 if tiles.masked else tiles.column_multiple for tiles in (forward, dq, dkv)]
     facts = Facts(
         schedule.geometry, schedule.height, schedule.width,
         steps[0], steps[1], steps[2],
         0 if closed.masked else closed.row_multiple, 0 if of_bias.masked else of_bias.column_multiple,
-        schedule.window_multiple, schedule.largest_window, kind, *numbers,
+        kind, *numbers,
     )  # fmt: skip
     tiling = [number for tile in config for number in tile]
     out, _ = block_sparse_attention(
@@ -104,8 +99,7 @@ def _flat_bias(
             return None, None, NO_BIAS, (1, 1, 0)
         case RelativeBias2d():
             a, b = bias.reach
-            cells = None if bias.order is None else torch.as_tensor(bias.order).to(device)
-            return bias.table, cells, CELL_BIAS, (bias.width, 2 * b - 1, (a - 1) * (2 * b - 1) + b - 1)
+            return bias.table, bias.cells(device), CELL_BIAS, (bias.width, 2 * b - 1, (a - 1) * (2 * b - 1) + b - 1)
         case RelativeBias1d():
             return bias.table, None, DISTANCE_BIAS, (1, 1, bias.kernel - 1)
         case Tensor():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -119,16 +118,6 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU current, as launches need; nothing to do on a CPU (the interpreter)."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@lru_cache(8)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def resident_programs(tensor: Tensor, warps: int) -> int:
-    """Programs of that many warps that run at once when registers allow 8 warps per multiprocessor."""
-    return _multiprocessors(tensor.device) * max(8 // warps, 1) if tensor.is_cuda else 2
 
 
 def mask_level(masked: int, columns: int) -> int:

@@ -2,7 +2,7 @@
 
 `_bsa_bwd_dq_kernel` walks over query tiles and also leaves `delta = rowsum(dout * out)` for the others;
 `_bsa_bwd_dkv_kernel` walks over key tiles; `_bsa_bwd_closed_kernel` does both at once where each tile sees exactly
-itself (windows that fit a tile), `_bsa_bwd_window_kernel` for larger windows.
+itself (windows that fit a tile).
 """
 
 # mypy: ignore-errors
@@ -24,7 +24,6 @@ from .arguments import (
     dropout_numbers,
     mask_level,
     padded_head_dim,
-    resident_programs,
 )
 from .bias_gradient import launch_bias_gradient
 from .configs import Tile
@@ -42,7 +41,6 @@ from .primitives import (
     row_cells,
     row_pointers,
     visible_pairs,
-    window_cells,
 )
 
 
@@ -271,106 +269,6 @@ def _bsa_bwd_closed_kernel(
     tl.store(row_pointers(base, token, stride_dkl, stride_dkd, offs_d), dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _bsa_bwd_window_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, bias_ptr,
-    code_ptr, seed_ptr, windows_ptr, position_ptr,
-    stride_qb, stride_qh, stride_ql, stride_qd,
-    stride_kb, stride_kh, stride_kl, stride_kd,
-    stride_vb, stride_vh, stride_vl, stride_vd,
-    stride_ob, stride_oh, stride_ol, stride_od,
-    stride_gb, stride_gh, stride_gl, stride_gd,
-    stride_dqb, stride_dqh, stride_dql, stride_dqd,
-    stride_dkb, stride_dkh, stride_dkl, stride_dkd,
-    stride_dvb, stride_dvh, stride_dvl, stride_dvd,
-    stride_bh, bias_centre, bias_scale, code_width,
-    heads, window_count, windows, largest, length, height, width, scale, scale_log2, threshold, keep_scale,
-    GEOMETRY: tl.constexpr, MASK: tl.constexpr, HAS_POSITION: tl.constexpr,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All of dq, dk, dv of whole windows: scores and their gradients are made once instead of once per side.
-
-    Grid: as many programs as run at once; each takes windows x images x heads in turn. Rows are keys. The sums of dq
-    over key blocks live in a piece of fp32 memory of the program's own, which stays in the cache.
-    """
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = (offs_d < HEAD_DIM)[None, :]
-    partial = partial_ptr + tl.program_id(0).to(tl.int64) * largest * BLOCK_D
-    for work in range(tl.program_id(0), windows, tl.num_programs(0)):
-        tile = load_tile(windows_ptr, tl.cast(work, tl.int32) % window_count)
-        batch_head = tl.cast(work, tl.int32) // window_count
-        wide_batch, wide_head = tl.cast(batch_head // heads, tl.int64), tl.cast(batch_head % heads, tl.int64)
-        head = batch_head % heads
-        row_base = tl.cast(batch_head, tl.int64) * length
-        q_base = q_ptr + wide_batch * stride_qb + wide_head * stride_qh
-        k_base = k_ptr + wide_batch * stride_kb + wide_head * stride_kh
-        v_base = v_ptr + wide_batch * stride_vb + wide_head * stride_vh
-        o_base = out_ptr + wide_batch * stride_ob + wide_head * stride_oh
-        g_base = dout_ptr + wide_batch * stride_gb + wide_head * stride_gh
-        dq_base = dq_ptr + wide_batch * stride_dqb + wide_head * stride_dqh
-        cells = count_columns(tile, GEOMETRY)
-        for first_key in range(0, cells, BLOCK_M):
-            key_y, key_x, key_token = column_cells(
-                tile, first_key, position_ptr, position_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_M
-            )
-            is_key = window_cells(tile, key_y, key_x, GEOMETRY)
-            k = tl.load(row_pointers(k_base, key_token, stride_kl, stride_kd, offs_d), mask=mask_d, other=0.0)
-            v = tl.load(row_pointers(v_base, key_token, stride_vl, stride_vd, offs_d), mask=mask_d, other=0.0)
-            key_code = bias_code(code_ptr, key_y, key_x, key_token, code_width, BIAS)
-            dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            past_key = tl.cast(first_key, tl.int32) + BLOCK_M
-            for first_query in range(0, cells, BLOCK_N):
-                query_y, query_x, query_token = column_cells(
-                    tile, first_query, position_ptr, position_ptr, width, length, GEOMETRY, HAS_POSITION, BLOCK_N
-                )
-                is_query = window_cells(tile, query_y, query_x, GEOMETRY)
-                q = tl.load(row_pointers(q_base, query_token, stride_ql, stride_qd, offs_d), mask=mask_d, other=0.0)
-                dout = tl.load(row_pointers(g_base, query_token, stride_gl, stride_gd, offs_d), mask=mask_d, other=0.0)
-                out = tl.load(row_pointers(o_base, query_token, stride_ol, stride_od, offs_d), mask=mask_d, other=0.0)
-                lse = tl.load(lse_ptr + row_base + query_token)
-                delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-                visible = is_key[:, None] & is_query[None, :]
-                initial = 0.0
-                if BIAS > 0:
-                    query_code = bias_code(code_ptr, query_y, query_x, query_token, code_width, BIAS)
-                    initial = initial_scores(
-                        bias_ptr, head, query_code[None, :], key_code[:, None], query_token[None, :],
-                        key_token[:, None], visible, bias_centre, stride_bh, length, bias_scale, BIAS, MASK,
-                    )  # fmt: skip
-                scores = raw_scores(k, q, initial, visible, BIAS, MASK, PRECISION)  # [keys, queries]
-                weights = tl.exp2(scores * scale_log2 - lse[None, :])
-                dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-                kept = weights
-                if DROPOUT:
-                    keep = dropout_keep(seed_ptr, batch_head, query_token[None, :], key_token[:, None], threshold)
-                    kept = tl.where(keep, weights * keep_scale, 0.0)
-                    dweights = tl.where(keep, dweights * keep_scale, 0.0)
-                dv = tl.dot(operand(kept, dout, PRECISION), dout, dv, input_precision=PRECISION)
-                dscores = operand(weights * (dweights - delta[None, :]), q, PRECISION)
-                dk = tl.dot(dscores, q, dk, input_precision=PRECISION)
-                dq = tl.dot(tl.trans(dscores), k, input_precision=PRECISION)  # [queries, D]
-                slot = (first_query + tl.arange(0, BLOCK_N))[:, None] * BLOCK_D + offs_d[None, :]
-                dq += tl.load(partial + slot, mask=slot + past_key > slot + BLOCK_M, other=0.0)
-                tl.store(partial + slot, dq, mask=slot + past_key < slot + cells)
-                pointers = row_pointers(dq_base, query_token, stride_dql, stride_dqd, offs_d)
-                is_done = is_query & (query_token + past_key >= query_token + cells)
-                mask = is_done[:, None] & mask_d
-                tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
-                tl.store(delta_ptr + row_base + query_token, delta, mask=is_done)
-            mask = is_key[:, None] & mask_d
-            base = dk_ptr + wide_batch * stride_dkb + wide_head * stride_dkh
-            pointers = row_pointers(base, key_token, stride_dkl, stride_dkd, offs_d)
-            tl.store(pointers, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-            base = dv_ptr + wide_batch * stride_dvb + wide_head * stride_dvh
-            pointers = row_pointers(base, key_token, stride_dvl, stride_dvd, offs_d)
-            tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), mask=mask)
-            # The next key block reads what other threads of this program wrote.
-            tl.debug_barrier()
-
-
 def launch_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
     cells: Tensor | None, seed: Tensor | None, tables: Tables, facts: Facts, tiling: Sequence[int], scale: float,
@@ -390,7 +288,7 @@ def launch_backward(
         "DROPOUT": dropout_p > 0, "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim), "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
-    _, of_dq, of_dkv, closed, window, _ = (Tile(*tiling[i : i + 4]) for i in range(0, 24, 4))
+    _, of_dq, of_dkv, closed, _ = (Tile(*tiling[i : i + 4]) for i in range(0, 20, 4))
     group = heads // key.shape[1]
     with device_of(query):
         if closed.rows:
@@ -402,21 +300,6 @@ def launch_backward(
                 *dq.stride(), *dk.stride(), *dv.stride(), *of_bias.numbers, heads, len(tiles), *numbers,
                 MASK=mask_level(facts.closed_steps, closed.columns), BLOCK_M=closed.rows, num_warps=closed.warps,
                 num_stages=closed.stages, **constants,
-            )  # fmt: skip
-        elif window.rows:
-            count = len(tables.windows)
-            programs = min(count * batch * heads, resident_programs(query, window.warps))
-            step = max(window.rows, window.columns)
-            largest = -(-facts.largest_window // step) * step
-            partial = torch.empty(programs, largest, constants["BLOCK_D"], dtype=torch.float32, device=query.device)
-            _bsa_bwd_window_kernel[(programs,)](
-                query, key, value, out, dout, lse, delta, dq, dk, dv, partial, *of_bias.pointers, seed,
-                tables.windows, tables.position,
-                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(),
-                *dq.stride(), *dk.stride(), *dv.stride(), *of_bias.numbers,
-                heads, count, count * batch * heads, largest, *numbers,
-                MASK=mask_level(facts.window_steps, step), BLOCK_M=window.rows, BLOCK_N=window.columns,
-                num_warps=window.warps, num_stages=window.stages, **constants,
             )  # fmt: skip
         else:
             tiles = tables.dq_tiles
@@ -440,6 +323,6 @@ def launch_backward(
         if needs_bias:
             dbias = launch_bias_gradient(
                 dout, query, key, value, lse, delta, bias, of_bias, seed, tables, facts,
-                Tile(*tiling[20:24]), scale, dropout_p,
+                Tile(*tiling[16:20]), scale, dropout_p,
             )  # fmt: skip
     return dq, dk, dv, dbias

@@ -22,15 +22,12 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All passes. `closed` and `window` are the one-pass backwards of windows that fit a tile and that do not; rows 0:
-    not used.
-    """
+    """All passes. `closed` is the one-pass backward of tiles that see exactly themselves; rows 0: not used."""
 
     forward: Tile
     dq: Tile
     dkv: Tile
     closed: Tile
-    window: Tile
     bias: Tile
 
 
@@ -43,6 +40,8 @@ _HALF = (
     (128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     (256, Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
 )
+# Forward of windows that fill several tiles, half precision, head dimension up to 64.
+_LARGE_WINDOWS = Tile(128, 64, 8, 4)
 _SINGLE = (
     (64, Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
     (128, Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
@@ -50,10 +49,6 @@ _SINGLE = (
 )
 # Largest rows x head dimension of the one-pass backward, which keeps a whole window's tensors on chip.
 _CLOSED_HALF, _CLOSED_SINGLE = 128 * 64, 64 * 64
-# The one-pass backward of larger windows (rows are keys), and the most cells for which one program per window and
-# head still gives enough of them.
-_WINDOW_HALF, _WINDOW_SINGLE = Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)
-_LARGEST_WINDOW = 1024
 
 
 def choose(dtype: torch.dtype, head_dim: int, schedule: Schedule, groups: int, has_bias: bool) -> Config:
@@ -68,13 +63,12 @@ def choose(dtype: torch.dtype, head_dim: int, schedule: Schedule, groups: int, h
     if has_bias or schedule.queries.at(64).closed:
         # Bias gathers fill the registers of a wider tile; one short step is better cut in two.
         forward = forward._replace(columns=min(forward.columns, 32))
+    elif table is _HALF and head_dim <= 64 and not schedule.queries.at(128).masked:
+        forward = _LARGE_WINDOWS
     closed = _NO_TILE
     largest = _CLOSED_SINGLE if dtype == torch.float32 else _CLOSED_HALF
     for rows in (64, 128):
         if groups == 1 and schedule.queries.at(rows).closed and rows * head_dim <= largest:
             closed = Tile(rows, rows, 4 if rows == 64 else 8, 1)
             break
-    window = _NO_TILE
-    if groups == 1 and not closed.rows and 0 < schedule.largest_window <= _LARGEST_WINDOW and head_dim <= 64:
-        window = _WINDOW_SINGLE if dtype == torch.float32 else _WINDOW_HALF
-    return Config(forward, dq, dkv, closed, window, bias)
+    return Config(forward, dq, dkv, closed, bias)

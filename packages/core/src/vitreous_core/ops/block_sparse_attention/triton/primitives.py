@@ -129,15 +129,6 @@ def row_bounds(bounds_ptr, y, x, height, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def window_cells(tile, y, x, GEOMETRY: tl.constexpr):
-    """Which cells of a padded walk over a window are the window's."""
-    inside = x < tile[7]
-    if GEOMETRY == IMAGE:
-        inside &= y < tile[5]
-    return inside
-
-
-@triton.jit
 def visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY: tl.constexpr, MASK: tl.constexpr):
     """Whether each row sees each column, bool, broadcastable to `[rows, columns]`.
 
@@ -155,7 +146,10 @@ def visible_pairs(tile, bounds, row_y, column_y, column_x, bits_ptr, GEOMETRY: t
         if GEOMETRY == IMAGE:
             visible &= (column_y[None, :] >= y_start[:, None]) & (column_y[None, :] < y_stop[:, None])
     else:
-        visible = window_cells(tile, column_y, column_x, GEOMETRY)[None, :]
+        visible = column_x < tile[7]
+        if GEOMETRY == IMAGE:
+            visible &= column_y < tile[5]
+        visible = visible[None, :]
     return visible
 
 
