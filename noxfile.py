@@ -40,6 +40,8 @@ EACH_PAPER = nox.parametrize("paper", [nox.param(paper, id=paper) for paper in P
 LOWEST_PYTHON = "3.11"
 MIRROR = re.compile(r"^constraint-dependencies = \[.*?\]$", re.MULTILINE | re.DOTALL)
 SKIP_WITHOUT_GPU = "--skip-without-gpu"
+# For each of several workers: threads that outnumber the cores make small products many times slower.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @nox.session(default=False)
@@ -220,7 +222,7 @@ def has_gpu(session: nox.Session) -> bool:
 
 def run_tests(session: nox.Session, folders: Sequence[str]) -> None:
     """Run the folders' CPU tests, then those for Triton's interpreter."""
-    python(session, "-m", "pytest", "-m", "not gpu and not interpret", *folders, *session.posargs)
+    python(session, "-m", "pytest", "-m", "not gpu and not interpret", *folders, *in_parallel(session), env=ONE_THREAD)
     run_interpreter_tests(session, folders)
 
 
@@ -235,7 +237,15 @@ def run_interpreter_tests(session: nox.Session, folders: Sequence[str]) -> None:
     if not files:
         session.log(f"no test in {', '.join(folders)} is marked `interpret`: nothing to run in Triton's interpreter")
         return
-    python(session, "-m", "pytest", "-m", "interpret", *files, *session.posargs, env={"TRITON_INTERPRET": "1"})
+    environment = ONE_THREAD | {"TRITON_INTERPRET": "1"}
+    python(session, "-m", "pytest", "-m", "interpret", *files, *in_parallel(session), env=environment)
+
+
+def in_parallel(session: nox.Session) -> list[str]:
+    """Pytest's options for a few workers, then those given to nox (`-- -n 0` is one process again)."""
+    if not session.virtualenv.is_sandboxed:  # pytest-xdist need not be on a machine that we did not set up
+        return session.posargs
+    return ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal", *session.posargs]
 
 
 def build_wheel(session: nox.Session, member: str, folder: Path) -> str:
