@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -105,6 +106,22 @@ def gpu_tests(session: nox.Session) -> None:
     session.log("GPU tests run: " + (", ".join(f"{count} of {name}" for name, count in sorted(ran.items())) or "none"))
     if not ran:
         session.error("no GPU test ran, so nothing was checked: is any test marked `gpu`, and does -k match one?")
+
+
+@nox.session(default=False)
+def sanitize(session: nox.Session) -> None:
+    """Run a few of the kernels' GPU tests under compute-sanitizer: memory errors, then races."""
+    prepare(session, MEMBERS, groups=["test"])
+    if shutil.which("compute-sanitizer") is None:
+        session.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+    python_path = sys.executable if not session.virtualenv.is_sandboxed else "python"
+    cases = "window1d-shift-cells-gqa or neighborhood2d-cells or window2d-over or bits-dense"
+    kernels = ["packages/core/tests/test_block_sparse_kernels.py", "-k", f"test_on_gpu and ({cases})"]
+    # Without the cache of PyTorch's allocator an overrun leaves its tensor's own allocation and is seen.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
+        session.run(*command, python_path, "-m", "pytest", *kernels, *session.posargs, env=environment, external=True)
 
 
 @nox.session(default=False)
