@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from vitreous_core.bench.command import cases_of, main, suites
 from vitreous_core.bench.rows import append_row, environment, read_rows, row_file
 from vitreous_core.bench.runner import run, select
 from vitreous_core.errors import BackendUnsupported, UserError
-from vitreous_core.patterns import Neighborhood2d, Slide2d, Window1d, Window2d
+from vitreous_core.patterns import Neighborhood1d, Neighborhood2d, Pattern, Slide1d, Slide2d, Window1d, Window2d
 
 CPU = torch.device("cpu")
 
@@ -179,6 +180,26 @@ def test_unfolding_is_slide_attention() -> None:
     gate = attention.UNFOLD.prepare(problem, CPU).gate
     assert gate is not None
     assert gate(core_cases.MODES).passed
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Window1d(10), Window1d(10, 3), Slide1d(9), Neighborhood1d(9), Neighborhood1d(8), Window2d(3), Slide2d(3),
+     Neighborhood2d(4), Neighborhood2d(5)],
+    ids=str,
+)  # fmt: skip
+def test_the_masks_written_for_flex_are_the_patterns(pattern: Pattern) -> None:
+    problem = replace(SMALL, pattern=pattern, height=7, width=9)
+    mask = attention.flex_mask(problem)
+    assert mask is not None
+    token = torch.arange(63)
+    got = mask(None, None, token[:, None], token[None, :])
+    np.testing.assert_array_equal(got.numpy(), pattern.dense(7, 9))
+
+
+def test_flex_keeps_our_tables_where_arithmetic_cannot_say_it() -> None:
+    assert attention.flex_mask(replace(SMALL, order="hilbert")) is None
+    assert attention.flex_mask(replace(SMALL, pattern=Slide2d(3, 2))) is None
 
 
 def test_a_provider_may_compute_another_problem() -> None:

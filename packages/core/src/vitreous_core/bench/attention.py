@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from ..errors import BackendUnsupported
 from ..indexing import layout_for, order_tables
 from ..ops.block_sparse_attention import RelativeBias2d, block_sparse_attention, triton
-from ..patterns import Pattern, Slide2d, Window1d, Window2d
+from ..patterns import Neighborhood1d, Neighborhood2d, Pattern, Slide1d, Slide2d, Window1d, Window2d
 from .case import Gate, Prepared, Provider, Unavailable, Work
 
 FORWARD, BOTH = "fwd", "fwd+bwd"
@@ -283,7 +283,10 @@ def ours(problem: AttentionProblem, tensors: Tensors) -> Attend:
 
 
 def flex(problem: AttentionProblem, tensors: Tensors) -> Attend:
-    """Compiled FlexAttention. Its block mask is made from our layout, before the clock starts."""
+    """Compiled FlexAttention, written as its users write it: masks and offsets in integer arithmetic.
+
+    The lists of its block mask are made from our layout before the clock starts.
+    """
     device = tensors.query.device
     if device.type != "cuda":
         raise Unavailable("compiled FlexAttention has no backward on a CPU")
@@ -292,19 +295,8 @@ def flex(problem: AttentionProblem, tensors: Tensors) -> Attend:
         query_block=FLEX_BLOCK, key_block=FLEX_BLOCK,
     )  # fmt: skip
     mask = layout.to_flex()
-    score_mod = None
-    if tensors.table is not None and problem.bias_extent is not None:
-        y, x = _coordinates(problem, device)
-        table, rows, columns = tensors.table, problem.bias_extent[0] - 1, problem.bias_extent[1] - 1
-        stride = 2 * columns + 1
-
-        def add_bias(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            # Masked pairs of a partial block may be further apart than the table reaches.
-            row, column = (y[q] - y[k]).clamp(-rows, rows) + rows, (x[q] - x[k]).clamp(-columns, columns) + columns
-            return score + table[row * stride + column, head]
-
-        score_mod = add_bias
-    attend = partial(_compiled_flex(), score_mod=score_mod, block_mask=mask)
+    mask.mask_mod = flex_mask(problem) or mask.mask_mod
+    attend = partial(_compiled_flex(), score_mod=_flex_bias(problem, tensors.table), block_mask=mask)
 
     def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = attend(query, key, value)
@@ -312,6 +304,58 @@ def flex(problem: AttentionProblem, tensors: Tensors) -> Attend:
         return out
 
     return attended
+
+
+def flex_mask(problem: AttentionProblem) -> Callable[..., Tensor] | None:
+    """The pattern as arithmetic on token indices; None where only our tables can say it."""
+    length, width = problem.length, problem.width
+    match problem.pattern:
+        case Window1d(size, shift):
+            return lambda batch, head, q, k: (q + shift) // size == (k + shift) // size
+        case Slide1d(kernel):
+            return lambda batch, head, q, k: (q - k).abs() <= kernel // 2
+        case Neighborhood1d(kernel) if kernel <= length:
+            return lambda batch, head, q, k: _is_neighbor(q, k, length, kernel)
+    if problem.order != "row_major":
+        return None
+    match problem.pattern:
+        case Window2d(int(side), 0):
+            return lambda batch, head, q, k: (
+                (q // width // side == k // width // side) & (q % width // side == k % width // side)
+            )
+        case Slide2d(int(kernel), 1):
+            return lambda batch, head, q, k: (
+                ((q // width - k // width).abs() <= kernel // 2) & ((q % width - k % width).abs() <= kernel // 2)
+            )
+        case Neighborhood2d(int(kernel), 1) if kernel <= min(problem.height, width):
+            return lambda batch, head, q, k: (
+                _is_neighbor(q // width, k // width, problem.height, kernel)
+                & _is_neighbor(q % width, k % width, width, kernel)
+            )
+    return None
+
+
+def _is_neighbor(query: Tensor, key: Tensor, cells: int, kernel: int) -> Tensor:
+    start = (query - kernel // 2).clamp(0, cells - kernel)
+    return (key >= start) & (key < start + kernel)
+
+
+def _flex_bias(problem: AttentionProblem, table: Tensor | None) -> Callable[..., Tensor] | None:
+    if table is None or problem.bias_extent is None:
+        return None
+    width, rows, columns = problem.width, problem.bias_extent[0] - 1, problem.bias_extent[1] - 1
+    order, _ = order_tables(problem.order, problem.height, width, table.device, problem.tile)
+    cell = None if problem.order == "row_major" else order.to(torch.int32)
+
+    def add_bias(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if cell is not None:
+            q, k = cell[q], cell[k]
+        # Masked pairs of a partial block may be further apart than the table reaches.
+        row = (q // width - k // width).clamp(-rows, rows) + rows
+        column = (q % width - k % width).clamp(-columns, columns) + columns
+        return score + table[row * (2 * columns + 1) + column, head]
+
+    return add_bias
 
 
 @cache
