@@ -152,7 +152,7 @@ def _describe_source(paper: Paper) -> tuple[str | None, bool | None]:
     if _git(paper, "ls-files", "--error-unmatch", "__init__.py") is None:  # no checkout, or not of this package
         return None, None
     commit = _git(paper, "rev-parse", "HEAD")
-    return commit, bool(_git(paper, "status", "--porcelain", "--untracked-files=no"))
+    return commit, bool(_git(paper, "status", "--porcelain", "--untracked-files=no", "--", ":/packages"))
 
 
 def _git(paper: Paper, *arguments: str) -> str | None:
