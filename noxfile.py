@@ -176,7 +176,6 @@ def tables(session: nox.Session) -> None:
     prepare(session, MEMBERS)
     for program in (["-m", "vitreous_core.bench.render"], [ROOT / "docs" / "tables.py"]):
         python(session, *program, *session.posargs)
-    python(session, "-m", "vitreous_core.bench.render", *session.posargs)
 
 
 @nox.session(default=False)

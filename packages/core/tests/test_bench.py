@@ -365,13 +365,33 @@ def test_ratios_are_taken_within_the_newest_run() -> None:
     ]
 
 
+def test_a_provider_left_out_of_the_newest_run_keeps_its_row_but_is_no_rival() -> None:
+    rows = [row("H1/a/8", "triton", 1.0), row("H1/a/8", "flex", 9.0), row("H1/a/8", "eager", 20.0),
+            row("H1/a/8", "triton", 1.0, when="t2"), row("H1/a/8", "eager", 30.0, when="t2")]  # fmt: skip
+    (sheet,) = render.newest_sheets(rows)
+    ((_, _, verdict),) = render.verdicts(sheet.of("H1"))
+    assert (verdict.met, verdict.text) == (None, "flex: no row in this run")
+    assert "| a/8 | fwd | 1.00 | 9.00 (run 1) | 30.0 | 50 % | 1 | 2 | flex: no row in this run |" in render.page(sheet)
+
+
+def test_notes_on_a_run_stand_beside_its_rows(tmp_path: Path) -> None:
+    entry = row("H1/a/8", "triton", 1.0)
+    path = row_file(tmp_path / "bench", entry)
+    append_row(path, entry)
+    path.with_suffix(".txt").write_text("It was a warm day.\n")
+    (sheet,) = render.newest_sheets([entry])
+    notes = render.read_notes(tmp_path / "bench", sheet.rows)
+    assert notes == {"t1": "It was a warm day."}
+    assert "TFLOP/s. It was a warm day.\n" in render.page(replace(sheet, notes=notes))
+
+
 @pytest.mark.parametrize(
     ("goal", "met", "text"),
     [
         ({"kind": "speed-up", "bound": 4.0, "over": "flex"}, False, "**not met**: 3.00× flex (asked 4×)"),
         ({"kind": "milliseconds", "bound": 2.0, "over": None}, True, "met: 2.00 ms (asked 2 ms)"),
         ({"kind": "roof", "bound": 60, "over": None}, False, "**not met**: 50 % of the roof (asked 60 %)"),
-        ({"kind": "speed-up", "bound": 4.0, "over": "sdpa"}, None, "sdpa: no row"),
+        ({"kind": "speed-up", "bound": 4.0, "over": "sdpa"}, None, "sdpa: no row in this run"),
         ({"kind": "speed-up", "bound": 4.0, "over": "eager"}, None, "eager: out of memory"),
     ],
 )

@@ -1,6 +1,7 @@
 """`python -m vitreous_core.bench.render`: tables and plots from the rows, the newest run of each case on each device.
 
-Ratios compare rows of one run only. Nothing here measures anything.
+Ratios compare rows of one run only. A provider that the newest run left out keeps its row of an older one, marked as
+such. What a reader must know about a run stands in a file `<run>.txt` beside its rows. Nothing here measures anything.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .rows import Row, read_rows
+from .rows import Row, read_rows, row_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,17 +34,23 @@ class Sheet:
     Args:
         suite: `"core"` or a paper.
         device: its name as the rows have it.
-        rows: of the newest run of each case, in the order they were written.
+        rows: of the newest run of each case, and of older ones for providers that it left out.
+        notes: what was noted about a run, by its time.
     """
 
     suite: str
     device: str
     rows: Sequence[Row]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """For file names."""
         return f"{self.suite}-{re.sub(r'[^a-z0-9]+', '-', self.device.lower()).strip('-')}"
+
+    def runs(self) -> dict[str, int]:
+        """Numbers of the runs, by their time."""
+        return {time: number for number, time in enumerate(sorted({row["time"] for row in self.rows}), start=1)}
 
     def marks(self) -> list[str]:
         """Marks in order of their first row."""
@@ -61,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="folder with bench/ in it; the pages go beside that (default: docs/results)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the text would change")
     options = parser.parse_args(arguments)
-    sheets = newest_sheets(read_rows(options.results / "bench"))
+    folder = options.results / "bench"
+    sheets = [replace(sheet, notes=read_notes(folder, sheet.rows)) for sheet in newest_sheets(read_rows(folder))]
     pages = {options.results / "tables" / f"{sheet.name}.md": page(sheet) for sheet in sheets}
     pages[options.results / "speed.md"] = index_page(sheets)
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
@@ -84,14 +92,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def newest_sheets(rows: Iterable[Row]) -> list[Sheet]:
-    """Rows of the newest run of every case, by suite and device."""
-    runs: dict[tuple[str, str], dict[str, dict[str, list[Row]]]] = defaultdict(lambda: defaultdict(dict))
+    """The newest row of every case, mode and provider, by suite and device."""
+    newest: dict[tuple[str, str], dict[tuple[str, str, str], Row]] = defaultdict(dict)
     for row in rows:
-        runs[row["suite"], row["device"]][row["case"]].setdefault(row["time"], []).append(row)
-    return [
-        Sheet(suite, device, [row for case in cases.values() for row in case[max(case)]])
-        for (suite, device), cases in sorted(runs.items())
-    ]
+        kept, key = newest[row["suite"], row["device"]], (row["case"], row["mode"], row["provider"])
+        if key not in kept or row["time"] >= kept[key]["time"]:
+            kept[key] = row
+    return [Sheet(suite, device, list(kept.values())) for (suite, device), kept in sorted(newest.items())]
+
+
+def read_notes(folder: Path, rows: Iterable[Row]) -> dict[str, str]:
+    """What stands in the files `<run>.txt` beside the rows, by the time of the run."""
+    notes = {}
+    for row in rows:
+        path = row_file(folder, row).with_suffix(".txt")
+        if path.is_file():
+            notes[row["time"]] = path.read_text(encoding="utf-8").strip()
+    return notes
 
 
 # Goals.
@@ -121,7 +138,9 @@ def judge(goal: Row, ours: Row, rivals: dict[str, Row]) -> Verdict:
         case "speed-up":
             rival = rivals.get(goal["over"])
             if rival is None or rival["state"] != "ok":
-                return Verdict(None, None, f"{goal['over']}: {'no row' if rival is None else rival['state']}")
+                return Verdict(
+                    None, None, f"{goal['over']}: {'no row in this run' if rival is None else rival['state']}"
+                )
             figure = rival["latency_ms_p50"] / ours["latency_ms_p50"]
             met, text = figure >= bound, f"{_significant(figure)}× {goal['over']} (asked {bound:g}×)"
         case "milliseconds":
@@ -139,9 +158,9 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
     """Our row, the goal and the verdict, for every goal of these rows."""
     found = []
     for (_, _), group in _by_case_and_mode(rows):
-        rivals = {row["provider"]: row for row in group}
         for ours in group:
             if ours["ours"]:
+                rivals = {row["provider"]: row for row in group if row["time"] == ours["time"]}
                 found += [(ours, goal, judge(goal, ours, rivals)) for goal in ours["goals"]]
     return found
 
@@ -191,6 +210,8 @@ def index_page(sheets: Sequence[Sheet]) -> str:
         for mark in sheet.marks():
             judged = [verdict.met for _, _, verdict in verdicts(sheet.of(mark))]
             goals = f"{sum(met is True for met in judged)} of {len(judged)}" if judged else "none set"
+            if open_ := sum(met is None for met in judged):
+                goals += f", {open_} not judged"
             cases = len({row["case"] for row in sheet.of(mark)})
             rows.append(
                 [f"[{sheet.suite}, {mark}](tables/{sheet.name}.md#{mark.lower()})", sheet.device, str(cases), goals]
@@ -200,33 +221,44 @@ def index_page(sheets: Sequence[Sheet]) -> str:
 
 def page(sheet: Sheet) -> str:
     """One sheet: where it was measured, then a table and the figures of each mark."""
-    parts = [MADE_BY, f"# {sheet.suite} on {sheet.device}\n", _machine(sheet.rows)]
+    parts = [MADE_BY, f"# {sheet.suite} on {sheet.device}\n", _machine(sheet)]
     drawn = [name for name, _ in figures(sheet)]
     for mark in sheet.marks():
         rows = sheet.of(mark)
-        parts += [f"## {mark}\n", mark_table(rows), *[f"{sentence}\n" for sentence in mean_verdicts(rows)]]
+        parts += [
+            f"## {mark}\n",
+            mark_table(rows, sheet.runs()),
+            *[f"{sentence}\n" for sentence in mean_verdicts(rows)],
+        ]
         parts += _reasons(rows)
         prefix = f"{sheet.name}-{mark.lower()}-"
         parts += [f"![{name}](../figures/{name}.png)\n" for name in drawn if name.startswith(prefix)]
     return "\n".join(parts)
 
 
-def mark_table(rows: Sequence[Row]) -> str:
-    """Milliseconds by provider, our share of the roof, and the verdicts."""
+def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
+    """Milliseconds by provider, our share of the roof, and the verdicts; with the run where there are several."""
     providers = list(dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: not row["ours"])))
     has_roof = any("roof_pct" in row for row in rows)
     has_memory = any(row.get("peak_mib") for row in rows)
     header = ["case", "mode", *(f"{provider} ms" for provider in providers)]
-    header += ["roof"] * has_roof + ["peak MiB"] * has_memory + ["mark"]
+    header += ["roof"] * has_roof + ["peak MiB"] * has_memory + ["run"] * (len(runs) > 1) + ["mark"]
     lines = []
     for (case, mode), group in _by_case_and_mode(rows):
         by_provider = {row["provider"]: row for row in group}
         ours = next((row for row in group if row["ours"]), None)
-        cells = [case.partition("/")[2], mode, *(_latency(by_provider.get(provider)) for provider in providers)]
+        time = (group[0] if ours is None else ours)["time"]
+        cells = [case.partition("/")[2], mode]
+        for provider in providers:
+            row = by_provider.get(provider)
+            other = "" if row is None or row["time"] == time else f" (run {runs[row['time']]})"
+            cells.append(_latency(row) + other)
         if has_roof:
             cells.append("" if ours is None or "roof_pct" not in ours else f"{ours['roof_pct']:.0f} %")
         if has_memory:
             cells.append("" if ours is None or ours.get("peak_mib") is None else f"{ours['peak_mib']:.0f}")
+        if len(runs) > 1:
+            cells.append(str(runs[time]))
         cells.append("<br>".join(verdict.text for _, _, verdict in verdicts(group)))
         lines.append(cells)
     return markdown_table(header, lines)
@@ -238,16 +270,18 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def _machine(rows: Sequence[Row]) -> str:
-    runs: dict[str, Row] = {row["time"]: row for row in rows}
+def _machine(sheet: Sheet) -> str:
+    any_row = {row["time"]: row for row in sheet.rows}
     lines = []
-    for time, row in sorted(runs.items()):
+    for time, number in sheet.runs().items():
+        row = any_row[time]
         software = [f"{name} {row[name]}" for name in ("driver", "torch", "triton", "numba", "python") if row[name]]
         rates = ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in row["matmul_tflop_per_s"].items())
         commit = f"{(row['commit'] or 'unknown')[:7]}{' with changes' if row['dirty'] else ''}"
         lines.append(
-            f"- {time}, commit {commit}: {', '.join(software)}; copy {row['copy_tb_per_s']:.2f} TB/s"
+            f"{number}. {time}, commit {commit}: {', '.join(software)}; copy {row['copy_tb_per_s']:.2f} TB/s"
             + (f", products {rates}" if rates else "")
+            + (f". {sheet.notes[time]}" if time in sheet.notes else "")
         )
     return "\n".join(lines) + "\n"
 
