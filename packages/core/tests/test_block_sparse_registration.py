@@ -132,3 +132,11 @@ block_sparse_attention(q, q, q, Window1d(4).layout(4, 4), backend="torch").sum()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_function_is_found_under_its_public_name():
+    from vitreous_core import ops
+    from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_sparse_attention
+
+    assert ops.block_sparse_attention is block_sparse_attention
+    assert ops.RelativeBias2d is RelativeBias2d
