@@ -92,6 +92,20 @@ def test_help_and_list_import_nothing_heavy():
         assert f"\n    {command} " in out
 
 
+def test_missing_extra_is_one_line():
+    code = """
+import sys
+sys.modules["matplotlib"] = None  # as if it were not installed
+from vitreous_core.cli import main
+sys.exit(main(["show", "curve", "4x4", "--out", "curve.png"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("vitreous: error: this command needs matplotlib")
+    assert "install vitreous-core[mm]" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_list(vitreous, model):
     code, out, _ = vitreous("list")
     assert code == 0

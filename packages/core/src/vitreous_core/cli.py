@@ -31,6 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\nvitreous: interrupted{_after_colon(interrupt)}", file=sys.stderr)
         return _INTERRUPTED
+    except ModuleNotFoundError as error:
+        if not _is_in_an_extra(error):
+            raise
+        print(
+            f"vitreous: error: this command needs {error.name}; install vitreous-core[mm], or any paper's package",
+            file=sys.stderr,
+        )
+        return _FAILED
     except Exception as error:
         if not _is_for_the_user(error):
             raise
@@ -48,6 +56,11 @@ def _is_for_the_user(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("vitreous_")
+
+
+def _is_in_an_extra(error: ModuleNotFoundError) -> bool:
+    """Whether a dependency is missing that core alone does not install, rather than a part of vitreous."""
+    return error.name is not None and not error.name.startswith("vitreous_")
 
 
 def _after_colon(error: BaseException) -> str:
