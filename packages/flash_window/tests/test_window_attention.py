@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from vitreous_core.errors import BackendUnsupported
+from vitreous_core.ops.block_sparse_attention.dropout import keep_mask
 from vitreous_flash_window import choose_backend, window_attention
 from vitreous_flash_window.ops import BACKENDS
 
@@ -150,12 +151,21 @@ def test_empty_batch_and_two_windows_of_mask(draw):
 
 def test_dropout_acts_on_the_weights(draw):
     query, key, value = (draw(4, 2, 9, 8) for _ in range(3))
-    torch.manual_seed(3)
-    out = window_attention(query, key, value, dropout_p=0.4, backend="torch")
-    torch.manual_seed(3)
+    out = window_attention(query, key, value, dropout_p=0.4, dropout_seed=3, backend="torch")
     weights = torch.softmax(query @ key.mT * 8**-0.5, -1)
-    torch.testing.assert_close(out, F.dropout(weights, 0.4) @ value, rtol=0, atol=1e-14)
+    kept = keep_mask(torch.tensor(3), 0.4, 4, 2, 9)
+    torch.testing.assert_close(out, weights * kept / 0.6 @ value, rtol=0, atol=1e-14)
     assert not window_attention(query, key, value, dropout_p=1.0, backend="torch").any()
+
+
+def test_dropout_draws_its_seed_from_the_default_generator(draw):
+    query, key, value = (draw(4, 2, 9, 8) for _ in range(3))
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        drawn.append(window_attention(query, key, value, dropout_p=0.4, backend="torch"))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_only_one_score_array_is_kept_for_the_backward_pass(draw):
@@ -188,19 +198,18 @@ def test_whole_graph_compiles(draw):
 
 
 class TestBackends:
-    def test_auto_is_torch_in_this_release(self):
-        assert {
-            choose_backend(device, dtype, 49, 32)
-            for device in ("cpu", "cuda")
-            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        } == {"torch"}
+    def test_auto_is_triton_on_a_gpu_that_takes_the_problem(self):
+        half, single, double = torch.float16, torch.float32, torch.float64
+        assert choose_backend("cuda", half, 49, 32) == choose_backend("cuda", single, 1024, 256) == "triton"
+        assert choose_backend("cuda", double, 49, 32) == choose_backend("cuda", half, 49, 34) == "torch"
+        assert choose_backend("cpu", half, 49, 32) == "torch"
 
     def test_triton_refuses_with_every_reason(self, draw):
-        query = draw(1, 1, 4, 8)
+        query, mask = draw(1, 1, 4, 6), draw(1, 4, 4, grad=True)
         with pytest.raises(BackendUnsupported) as refusal:
-            window_attention(query, query, query, backend="triton")
-        assert len(refusal.value.reasons) == 3
-        assert all(word in str(refusal.value) for word in ("not built", "CUDA", "float64", "backend='torch'"))
+            window_attention(query, query, query, None, mask, backend="triton")
+        assert len(refusal.value.reasons) == 4
+        assert all(word in str(refusal.value) for word in ("CUDA", "float64", "head_dim", "mask", "backend='torch'"))
 
     def test_flex_refuses(self, draw):
         query = draw(1, 1, 4, 8)
@@ -235,6 +244,8 @@ GOOD = torch.zeros(4, 2, 9, 8)
         ({"scale": "1"}, TypeError, "scale must be a number; got str"),
         ({"scale": math.inf}, ValueError, "scale must be finite"),
         ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\]; got 1.5"),
+        ({"dropout_p": 0.5, "dropout_seed": "x"}, TypeError, "dropout_seed must be an int, an int64 tensor or None"),
+        ({"dropout_p": 0.5, "dropout_seed": torch.ones(1)}, ValueError, r"dropout_seed must be an int or an int64"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import reference
+from . import contracts, reference
 from .backends import Backend, Problem, resolve
 from .reference import accumulation_dtype
 
@@ -22,6 +22,7 @@ def window_attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     backend: Backend,
 ) -> Tensor:
     """Softmax attention inside windows that are already cut, with a bias per head and a mask per window.
@@ -38,6 +39,9 @@ def window_attention(
         scale: factor on the scores; default `D ** -0.5`.
         dropout_p: probability of dropping an attention weight. Applied whenever it is not zero, as in
             `torch.nn.functional.scaled_dot_product_attention`.
+        dropout_seed: 64-bit int, or int64 tensor `[]` on the device of query (which needs no recompilation or copy when
+            it changes). The same seed drops the same weights on every backend. None draws one from PyTorch's default
+            generator.
         backend: `"torch"`, `"flex"`, `"triton"` or `"auto"` (see `choose_backend`).
 
     Returns:
@@ -49,7 +53,8 @@ def window_attention(
         BackendUnsupported: when the named backend cannot run this.
 
     Numerics: scores, softmax and the gradient of `bias` are computed in `promote_types(dtype, float32)`, under
-        autocast too. Under autocast, query, key and value are first cast to its dtype. Deterministic.
+        autocast too. Under autocast, query, key and value are first cast to its dtype. Deterministic. `"triton"` sends
+        no gradient to `mask`.
 
     Examples:
         >>> query, key, value = torch.randn(3, 8, 2, 49, 32)
@@ -82,9 +87,11 @@ def window_attention(
         _check_device("mask", mask, "query", query)
     scale = _checked_scale(scale, head_dim)
     _check_dropout(dropout_p)
-    # `flex` and `triton` refuse inside `resolve`, so what comes back is the torch implementation.
-    resolve(backend, Problem(query.device.type, query.dtype, tokens, head_dim))
-    return reference.window_attention(query, key, value, bias, mask, scale=scale, dropout_p=dropout_p)
+    mask_needs_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    chosen = resolve(backend, Problem(query.device, query.dtype, tokens, head_dim, mask_needs_grad))
+    seed = _seed(dropout_seed, query.device) if dropout_p > 0 else None
+    run = contracts.window_attention if chosen == "triton" else reference.window_attention
+    return run(query, key, value, bias, mask, seed, scale, dropout_p)
 
 
 def shifted_window_attention(
@@ -98,6 +105,7 @@ def shifted_window_attention(
     scale: float | None = None,
     logit_scale: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     backend: Backend,
 ) -> Tensor:
     """Everything between the qkv projection and the output projection of a Swin block, on the whole image.
@@ -126,6 +134,9 @@ def shifted_window_attention(
             Queries and keys are normalised (norms below 1e-12 count as 1e-12) and scores are multiplied by
             `exp(min(logit_scale, log 100))`; clamped heads get no gradient.
         dropout_p: probability of dropping an attention weight. Applied whenever it is not zero.
+        dropout_seed: 64-bit int, or int64 tensor `[]` on the device of qkv (which needs no recompilation or copy when
+            it changes). The same seed drops the same weights on every backend. None draws one from PyTorch's default
+            generator.
         backend: `"torch"`, `"flex"`, `"triton"` or `"auto"` (see `choose_backend`).
 
     Returns:
@@ -170,18 +181,11 @@ def shifted_window_attention(
     head_dim = channels // num_heads
     scale = _checked_scale(scale, head_dim)
     _check_dropout(dropout_p)
-    resolve(backend, Problem(qkv.device.type, qkv.dtype, window_size**2, head_dim))
+    resolve(backend, Problem(qkv.device, qkv.dtype, window_size**2, head_dim))
+    seed = _seed(dropout_seed, qkv.device) if dropout_p > 0 else None
     return reference.shifted_window_attention(
-        qkv,
-        bias_table,
-        num_heads=num_heads,
-        window_size=window_size,
-        shift_size=shift_size,
-        pad_qkv=pad_qkv,
-        scale=scale,
-        logit_scale=logit_scale,
-        dropout_p=dropout_p,
-    )
+        qkv, bias_table, pad_qkv, logit_scale, seed, num_heads, window_size, shift_size, scale, dropout_p
+    )  # fmt: skip
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -245,3 +249,18 @@ def _checked_scale(scale: float | None, head_dim: int) -> float:
 def _check_dropout(dropout_p: float) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
+            raise ValueError(
+                f"dropout_seed must be an int or an int64 tensor of shape () on {device}; got {seed.dtype} "
+                f"{tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed must be an int, an int64 tensor or None; got {seed!r}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)

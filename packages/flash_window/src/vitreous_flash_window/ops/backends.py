@@ -20,39 +20,47 @@ class Problem:
     """What a backend looks at to accept or refuse: facts about the call, no tensors.
 
     Args:
-        device_type: e.g. `"cuda"`.
+        device: of all tensors.
         dtype: of query, key and value.
         tokens: N, tokens per window.
         head_dim: D.
+        mask_needs_grad: whether gradients are to flow into the mask.
     """
 
-    device_type: str
+    device: torch.device
     dtype: torch.dtype
     tokens: int
     head_dim: int
+    mask_needs_grad: bool = False
 
 
-def choose_backend(device_type: str, dtype: torch.dtype, tokens: int, head_dim: int) -> Backend:
-    """What `backend="auto"` runs, as a function of the problem alone.
+def choose_backend(device: torch.device | str, dtype: torch.dtype, tokens: int, head_dim: int) -> Backend:
+    """What `backend="auto"` runs, by the problem alone: `"triton"` on a GPU that takes it, else `"torch"`.
 
-    This release holds the torch implementation only, so the answer is `"torch"` for every problem.
+    A mask that needs gradients is the one thing beside these arguments that sends `auto` to `"torch"`.
 
     Args:
-        device_type: e.g. `"cuda"`.
+        device: e.g. `"cuda"`.
         dtype: of query, key and value.
         tokens: N, tokens per window.
         head_dim: D.
     """
-    return "torch"
+    return _choose(Problem(torch.device(device), dtype, tokens, head_dim))
+
+
+def _choose(problem: Problem) -> Backend:
+    return "triton" if problem.device.type == "cuda" and not unsupported_reasons("triton", problem) else "torch"
 
 
 def unsupported_reasons(backend: Backend, problem: Problem) -> list[str]:
     """Every reason why `backend` cannot run `problem`; empty when it can."""
     match backend:
         case "triton":
-            return triton.unsupported_reasons(problem.device_type, problem.dtype)
+            return triton.unsupported_reasons(
+                problem.device, problem.dtype, problem.head_dim, problem.mask_needs_grad
+            )  # fmt: skip
         case "flex":
-            return ["FlexAttention has no adapter for cut windows in this release"]
+            return ["FlexAttention has no adapter for windows: use backend='triton' on a GPU"]
         case _:
             return []
 
@@ -67,7 +75,7 @@ def resolve(backend: Backend, problem: Problem) -> Backend:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend == "auto":
-        return choose_backend(problem.device_type, problem.dtype, problem.tokens, problem.head_dim)
+        return _choose(problem)
     if reasons := unsupported_reasons(backend, problem):
         raise BackendUnsupported(backend, reasons)
     return backend

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitreous_core.ops.block_sparse_attention.dropout import keep_mask
+
 REGION_PENALTY = -100.0
 """Added to the score of a pair from different regions of a shifted map. A number, and not minus infinity, because
 released Swin weights were trained with it; with the V2 scores (up to 100 + 16) the two can differ."""
@@ -43,7 +45,7 @@ def window_attention(
     value: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    *,
+    seed: Tensor | None,
     scale: float,
     dropout_p: float,
 ) -> Tensor:
@@ -56,23 +58,23 @@ def window_attention(
         if mask is not None:
             scores = _add_mask(scores, mask)
         if bias is None and mask is None:
-            return _attend(scores, value.to(dtype), dropout_p).to(query.dtype)
+            return _attend(scores, value.to(dtype), seed, dropout_p).to(query.dtype)
         # A row of minus infinities has no softmax: give it any finite one and drop its output, gradients included.
         blank = scores.detach().amax(-1, keepdim=True) == -torch.inf
-        output = _attend(scores.masked_fill(blank, 0.0), value.to(dtype), dropout_p)
+        output = _attend(scores.masked_fill(blank, 0.0), value.to(dtype), seed, dropout_p)
         return output.masked_fill(blank, 0.0).to(query.dtype)
 
 
 def shifted_window_attention(
     qkv: Tensor,
     bias_table: Tensor | None,
-    *,
+    pad_qkv: Tensor | None,
+    logit_scale: Tensor | None,
+    seed: Tensor | None,
     num_heads: int,
     window_size: int,
     shift_size: int,
-    pad_qkv: Tensor | None,
     scale: float,
-    logit_scale: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
     """See `ops.shifted_window_attention`, which has checked the arguments."""
@@ -97,7 +99,7 @@ def shifted_window_attention(
         if shift_size > 0:
             penalty = region_penalty(padded_height, padded_width, window_size, shift_size, qkv.device, dtype)
             scores = scores + penalty[:, None]
-        merged = _merge(_attend(scores, value, dropout_p), padded_height, padded_width, window_size)
+        merged = _merge(_attend(scores, value, seed, dropout_p), padded_height, padded_width, window_size)
         if shift_size > 0:
             merged = torch.roll(merged, (shift_size, shift_size), dims=(1, 2))
         return merged[:, :height, :width].to(qkv.dtype).contiguous()
@@ -165,10 +167,14 @@ def _add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     return windows.flatten(0, 1)
 
 
-def _attend(scores: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+def _attend(scores: Tensor, value: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """Softmax of scores `[B*W, H, N, N]` or `[B, W, H, N, N]`, dropout, and the product with the values."""
     weights = torch.softmax(scores, dim=-1)
-    if dropout_p > 0:
-        weights = F.dropout(weights, dropout_p)
+    if seed is not None:
+        heads, tokens = scores.shape[-3], scores.shape[-1]
+        windows = math.prod(scores.shape[:-3])
+        kept = keep_mask(seed, dropout_p, windows, heads, tokens).view(scores.shape)
+        weights = weights * kept * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
     return weights @ value
 
 

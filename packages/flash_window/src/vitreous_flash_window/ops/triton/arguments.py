@@ -1,0 +1,67 @@
+"""Host-side arguments that the launchers share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from vitreous_core.ops.block_sparse_attention.dropout import threshold
+
+NO_ADDEND, NUMBERS, FLAGS = 0, 1, 2
+"""As in `tile_math`, which is not imported here so that this module needs no Triton."""
+
+_ALIGNMENTS = (8, 4, 2)
+
+
+def stride_alignment(*strides: int) -> int:
+    """Largest of 8, 4, 2, 1 that divides all strides.
+
+    Triton knows of an integer only whether 16 divides it. Kernels take strides over this number, a constant at
+    compile time, and multiply: rows of 24 or 40 elements are then read 16 bytes at a time too.
+    """
+    return next((number for number in _ALIGNMENTS if all(stride % number == 0 for stride in strides)), 1)
+
+
+def outer_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides of all dimensions but the last; 0 where there is one entry, whose stride may be any number."""
+    first, second, third, _ = tensor.shape
+    strides = tensor.stride()
+    return (
+        strides[0] if first > 1 else 0,
+        strides[1] if second > 1 else 0,
+        strides[2] if third > 1 else 0,
+    )
+
+
+def addend_kind(addend: Tensor | None) -> int:
+    """How kernels read a bias or mask."""
+    if addend is None:
+        return NO_ADDEND
+    return FLAGS if addend.dtype == torch.bool else NUMBERS
+
+
+def addend_pointer(addend: Tensor | None) -> Tensor | None:
+    """The tensor as kernels take it: flags as bytes."""
+    return addend.view(torch.uint8) if addend is not None and addend.dtype == torch.bool else addend
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU current, as launches need; nothing to do on a CPU (the interpreter)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Matrix tiles are powers of two, at least 16 wide."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def dropout_numbers(dropout_p: float) -> tuple[int, float]:
+    """Random words below the first number are dropped; the second scales what is kept."""
+    return threshold(dropout_p), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products follow `torch.set_float32_matmul_precision`; half precision has only one way."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,0 +1,135 @@
+"""What a window's kernels share: loading rows, addends, softmax of a score tile, its gradient, dropout.
+
+Scores are fp32 and in base 2: `(scale q k^T + bias + mask) log2 e`, with minus infinity where a column is padding or
+hidden. Rows past the window's end need no mask: their queries and gradients are loaded as zeros, so all they add to
+any product is zero, and they are never stored.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# How an addend tile comes about.
+NO_ADDEND, NUMBERS, FLAGS = (tl.constexpr(kind) for kind in (0, 1, 2))
+
+# A finite addend times log2 e must not become minus infinity: it hides nothing, however small.
+LOWEST = tl.constexpr(-3.4e38)
+
+
+@triton.jit
+def part_range(part, parts, total):
+    """First and last + 1 of the items that part `part` of `parts` owns; sizes differ by at most one."""
+    wide = part.to(tl.int64)
+    return (wide * total // parts).to(tl.int32), ((wide + 1) * total // parts).to(tl.int32)
+
+
+@triton.jit
+def row_offsets(token, offs_d, stride_n, stride_d):
+    """Offsets `[rows, D]` of rows of one head of one window, 64-bit."""
+    return token.to(tl.int64)[:, None] * stride_n + offs_d[None, :] * stride_d
+
+
+@triton.jit
+def load_rows(base, offsets, is_row, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
+    """Rows `[rows, BLOCK_D]`, zero outside; `FULL`: every row is real."""
+    if FULL and HEAD_DIM == BLOCK_D:
+        rows = tl.load(base + offsets)
+    elif HEAD_DIM == BLOCK_D:
+        rows = tl.load(base + offsets, mask=is_row[:, None], other=0.0)
+    elif FULL:
+        rows = tl.load(base + offsets, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        rows = tl.load(base + offsets, mask=is_row[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def store_rows(
+    base, offsets, rows, is_row, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """Store rows `[rows, BLOCK_D]` in the output's dtype; counterpart of `load_rows`."""
+    rows = rows.to(base.dtype.element_ty)
+    if FULL and HEAD_DIM == BLOCK_D:
+        tl.store(base + offsets, rows)
+    elif HEAD_DIM == BLOCK_D:
+        tl.store(base + offsets, rows, mask=is_row[:, None])
+    else:
+        tl.store(base + offsets, rows, mask=is_row[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def in_base_2(addend):
+    """Fp32 addend times log2 e; only minus infinity becomes minus infinity."""
+    addend = addend.to(tl.float32)
+    return tl.where(addend == -float("inf"), addend, tl.maximum(addend * LOG2E, LOWEST))
+
+
+@triton.jit
+def addend_tile(ptr, row_index, column_index, stride_row, stride_column, TOKENS: tl.constexpr, KIND: tl.constexpr):
+    """Base-2 addend `[rows, columns]` of scores of a window: a bias or mask at `ptr`, minus infinity in padding.
+
+    Args:
+        ptr: the tile of one head or window; not read without an addend.
+        row_index, column_index: token indices `[rows, 1]`, `[1, columns]`; also for transposed tiles, with the
+            strides exchanged. Minus infinity stands where the *column* is past the end.
+        stride_row, stride_column: of the tile.
+        TOKENS: N.
+        KIND: `NO_ADDEND`; `NUMBERS`, added; `FLAGS`, bytes, zero hides.
+    """
+    is_pair = (row_index < TOKENS) & (column_index < TOKENS)
+    if KIND == NO_ADDEND:
+        addend = tl.where(is_pair | (row_index >= TOKENS), 0.0, 0.0)
+    elif KIND == NUMBERS:
+        offset = row_index.to(tl.int64) * stride_row + column_index.to(tl.int64) * stride_column
+        addend = in_base_2(tl.load(ptr + offset, mask=is_pair, other=0.0))
+    else:
+        offset = row_index.to(tl.int64) * stride_row + column_index.to(tl.int64) * stride_column
+        addend = tl.where(tl.load(ptr + offset, mask=is_pair, other=1) != 0, 0.0, -float("inf"))
+    return tl.where(column_index < TOKENS, addend, -float("inf"))
+
+
+@triton.jit
+def softmax_numerators(scores):
+    """`exp2(scores - row maximum)` and the inverse of its row sums; both zero for a row of minus infinities."""
+    largest = tl.max(scores, 1)
+    largest = tl.where(largest == -float("inf"), 0.0, largest)
+    numerators = tl.exp2(scores - largest[:, None])
+    total = tl.sum(numerators, 1)
+    return numerators, tl.where(total == 0.0, 0.0, 1.0 / total)
+
+
+@triton.jit
+def score_gradients(weights, dweights):
+    """Gradient of the scores, `P (dP - rowsum(P dP))`: P before dropout, dP with dropout's factors."""
+    delta = tl.sum(weights * dweights, 1)
+    return weights * (dweights - delta[:, None])
+
+
+@triton.jit
+def operand(values, other, PRECISION: tl.constexpr):
+    """Fp32 values as operand of a product with `other`.
+
+    Matrix units cut fp32 off to TF32; cutting weights, which are all positive, would make every sum too small.
+    """
+    values = values.to(other.dtype)
+    if (other.dtype == tl.float32) & (PRECISION == "tf32"):
+        bits = values.to(tl.int32, bitcast=True)
+        values = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
+    return values
+
+
+@triton.jit
+def dropout_keep(seed_ptr, window_head, query_token, key_token, threshold):
+    """Whether each weight is kept: Philox of the pair's own counter, so any pass draws the same bits."""
+    seed = tl.load(seed_ptr)
+    zero = (query_token + key_token) * 0
+    word, _, _, _ = tl.philox(
+        seed, (zero + key_token).to(tl.uint32), (zero + query_token).to(tl.uint32),
+        (zero + window_head).to(tl.uint32), zero.to(tl.uint32),
+    )  # fmt: skip
+    return word.to(tl.uint32) >= tl.cast(threshold, tl.uint32)
