@@ -8,6 +8,7 @@ edit here.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -97,6 +98,8 @@ def gpu_tests(session: nox.Session) -> None:
     report = Path(session.create_tmp()) / "gpu_tests.xml"
     report.unlink(missing_ok=True)
     # Exit code 5 (nothing selected) is judged below, together with "all skipped", which pytest counts as success.
+    # In parallel, because most of the time goes into compiling kernels.
+    arguments = [*in_parallel(session), *arguments]
     python(session, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *arguments, success_codes=[0, 5])
     ran = Counter(
         case.get("classname", "").removeprefix("packages.").split(".")[0]
@@ -238,7 +241,8 @@ def has_gpu(session: nox.Session) -> bool:
 
 def run_tests(session: nox.Session, folders: Sequence[str]) -> None:
     """Run the folders' CPU tests, then those for Triton's interpreter."""
-    python(session, "-m", "pytest", "-m", "not gpu and not interpret", *folders, *in_parallel(session), env=ONE_THREAD)
+    arguments = [*in_parallel(session), *session.posargs]
+    python(session, "-m", "pytest", "-m", "not gpu and not interpret", *folders, *arguments, env=ONE_THREAD)
     run_interpreter_tests(session, folders)
 
 
@@ -254,14 +258,16 @@ def run_interpreter_tests(session: nox.Session, folders: Sequence[str]) -> None:
         session.log(f"no test in {', '.join(folders)} is marked `interpret`: nothing to run in Triton's interpreter")
         return
     environment = ONE_THREAD | {"TRITON_INTERPRET": "1"}
-    python(session, "-m", "pytest", "-m", "interpret", *files, *in_parallel(session), env=environment)
+    arguments = [*in_parallel(session), *session.posargs]
+    python(session, "-m", "pytest", "-m", "interpret", *files, *arguments, env=environment)
 
 
 def in_parallel(session: nox.Session) -> list[str]:
-    """Pytest's options for a few workers, then those given to nox (`-- -n 0` is one process again)."""
-    if not session.virtualenv.is_sandboxed:  # pytest-xdist need not be on a machine that we did not set up
-        return session.posargs
-    return ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal", *session.posargs]
+    """Pytest's options for a few workers; `-- -n 0`, given after them, is one process again."""
+    # pytest-xdist need not be on a machine that we did not set up.
+    if not session.virtualenv.is_sandboxed and importlib.util.find_spec("xdist") is None:
+        return []
+    return ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
 
 
 def build_wheel(session: nox.Session, member: str, folder: Path) -> str:
