@@ -61,8 +61,8 @@ class _WindowAttention(nn.Module, ABC):
         """Bias `[(2 * height - 1) * (2 * width - 1), H]` by offset."""
 
     @abstractmethod
-    def project_in(self, x: Tensor) -> Tensor:
-        """`[..., C]` to packed queries, keys and values `[..., 3 * C]`."""
+    def score_factor(self) -> dict[str, Any]:
+        """What multiplies the products of queries and keys, as an argument of `shifted_window_attention`."""
 
     def project_out(self, x: Tensor) -> Tensor:
         """Output projection of `[..., C]`, with dropout."""
@@ -72,14 +72,32 @@ class _WindowAttention(nn.Module, ABC):
         """Probability with which attention weights are dropped now."""
         return self.attn_drop.p if self.training else 0.0
 
-    def _side(self) -> int:
-        height, width = self.window_size
-        if height != width:
+    def forward_image(self, image: Tensor, shift_size: int) -> Tensor:
+        """Attention inside the (shifted) windows of `image` `[B, height, width, C]`, any height and width.
+
+        The operation takes the packed queries, keys and values as the projection leaves them: nothing is copied.
+        """
+        side, window_width = self.window_size
+        if side != window_width:
             raise ValueError(
                 f"window_size must be square on a whole image; got {self.window_size}: cut the windows and call the "
                 "module on them"
             )
-        return height
+        bias = self.qkv_bias()
+        is_padded = image.shape[1] % side != 0 or image.shape[2] % side != 0
+        out = shifted_window_attention(
+            F.linear(image, self.qkv.weight, bias),
+            self.bias_table(),
+            num_heads=self.num_heads,
+            window_size=side,
+            shift_size=shift_size,
+            # Where nothing is padded its gradient would be a tensor of zeros to add.
+            pad_qkv=bias if is_padded else None,
+            dropout_p=self.dropout_p(),
+            backend=self.backend,
+            **self.score_factor(),
+        )
+        return self.project_out(out)
 
     def _bias(self) -> Tensor:
         # Summed over all pairs of one offset in the backward pass, hence at least in float32.
@@ -89,7 +107,7 @@ class _WindowAttention(nn.Module, ABC):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         windows, tokens, _ = x.shape
-        qkv = self.project_in(x).view(windows, tokens, 3, self.num_heads, self.head_dim)
+        qkv = F.linear(x, self.qkv.weight, self.qkv_bias()).view(windows, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         return query, key, value
 
@@ -140,11 +158,11 @@ class FlashWindowMSA(_WindowAttention):
     def qkv_bias(self) -> Tensor | None:
         return self.qkv.bias
 
-    def project_in(self, x: Tensor) -> Tensor:
-        return self.qkv(x)
-
     def bias_table(self) -> Tensor:
         return self.relative_position_bias_table
+
+    def score_factor(self) -> dict[str, Any]:
+        return {"scale": self.scale}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention inside windows that are already cut.
@@ -163,21 +181,6 @@ class FlashWindowMSA(_WindowAttention):
             scale=self.scale, dropout_p=self.dropout_p(), backend=self.backend,
         )  # fmt: skip
         return self.project_out(out.transpose(1, 2).flatten(2))
-
-    def forward_image(self, image: Tensor, shift_size: int) -> Tensor:
-        """Attention inside the (shifted) windows of `image` `[B, height, width, C]`, any height and width."""
-        out = shifted_window_attention(
-            self.project_in(image),
-            self.bias_table(),
-            num_heads=self.num_heads,
-            window_size=self._side(),
-            shift_size=shift_size,
-            pad_qkv=self.qkv_bias(),
-            scale=self.scale,
-            dropout_p=self.dropout_p(),
-            backend=self.backend,
-        )
-        return self.project_out(out)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         name = f"{prefix}relative_position_bias_table"
@@ -234,8 +237,8 @@ class FlashWindowMSAV2(_WindowAttention):
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
-    def project_in(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.qkv.weight, self.qkv_bias())
+    def score_factor(self) -> dict[str, Any]:
+        return {"logit_scale": self.logit_scale}
 
     def bias_table(self) -> Tensor:
         # Outside autocast: at its size of up to 16, a bias rounded to bfloat16 is off by up to 1/32.
@@ -258,21 +261,6 @@ class FlashWindowMSAV2(_WindowAttention):
                 scale=1.0, dropout_p=self.dropout_p(), backend=self.backend,
             )  # fmt: skip
         return self.project_out(out.to(value.dtype).transpose(1, 2).flatten(2))
-
-    def forward_image(self, image: Tensor, shift_size: int) -> Tensor:
-        """Attention inside the (shifted) windows of `image` `[B, height, width, C]`, any height and width."""
-        out = shifted_window_attention(
-            self.project_in(image),
-            self.bias_table(),
-            num_heads=self.num_heads,
-            window_size=self._side(),
-            shift_size=shift_size,
-            pad_qkv=self.qkv_bias(),
-            logit_scale=self.logit_scale,
-            dropout_p=self.dropout_p(),
-            backend=self.backend,
-        )
-        return self.project_out(out)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # As the index: a function of the window sizes.
