@@ -57,6 +57,9 @@ SMALL = {
     "slide2d-large-scores": Problem(Slide2d(5), 7, 11, None, 1, 1, 1, 16, HALF, magnitude=5.0),
     "neighborhood2d-cells": Problem(Neighborhood2d(3), 7, 13, hilbert_order(7, 13), 2, 1, 1, 8, SINGLE, "cells"),
     "neighborhood2d-dilated": Problem(Neighborhood2d(3, 2), 9, 8, None, 1, 2, 1, 16, HALF, "cells", "expanded"),
+    "neighborhood2d-steps": Problem(
+        Neighborhood2d((3, 2), (2, 3)), 7, 8, hilbert_order(7, 8), 2, 1, 1, 8, SINGLE, "steps"
+    ),
     "bits-dense": Problem(scattered(70), 7, 10, None, 1, 1, 1, 16, SINGLE, "dense"),
     "negative-scale": Problem(Slide2d(3), 5, 5, None, 1, 1, 1, 8, SINGLE, scale=-0.4),
     "zero-scale": Problem(Slide2d(3), 5, 5, None, 1, 1, 1, 8, SINGLE, "dense", scale=0.0),
@@ -81,6 +84,9 @@ LARGE = {
     "neighborhood2d-17": Problem(Neighborhood2d(17), 48, 40, hilbert_order(48, 40), 2, 2, 2, 64, HALF, "cells"),
     "neighborhood2d-17-dropout": Problem(Neighborhood2d(17), 33, 35, None, 2, 2, 2, 64, BRAIN, dropout_p=0.4),
     "neighborhood2d-even-dilated": Problem(Neighborhood2d((6, 9), (2, 1)), 33, 35, None, 2, 4, 1, 24, HALF, "cells"),
+    "neighborhood2d-steps-D32": Problem(
+        Neighborhood2d(7, 4), 37, 41, hilbert_order(37, 41), 2, 2, 2, 32, HALF, "steps", strides="packed"
+    ),
     "neighborhood2d-large-scores": Problem(
         Neighborhood2d(7), 35, 36, None, 2, 2, 2, 64, HALF, magnitude=3.0, strides="expanded"
     ),

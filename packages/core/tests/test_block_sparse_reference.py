@@ -114,9 +114,23 @@ def test_a_row_that_sees_nothing_is_zero_and_gives_no_gradient():
     assert all(torch.isfinite(t.grad).all() for t in (q, k, v))
 
 
+def test_a_dilated_bias_counts_steps():
+    pattern, (height, width), order = Neighborhood2d((3, 4), (2, 3)), (7, 11), hilbert_order(7, 11)
+    table = torch.randn(5 * 7, 2, dtype=torch.float64)
+    bias = RelativeBias2d(table, height, width, order, extent=(3, 4), dilation=(2, 3))
+    assert bias.problems(pattern.layout(height, width, order)) == []
+    visible = pattern.dense(height, width, order)
+    for query, key in zip(*np.nonzero(visible), strict=True):
+        (yq, xq), (yk, xk) = divmod(int(order[query]), width), divmod(int(order[key]), width)
+        assert (yq - yk) % 2 == 0
+        assert (xq - xk) % 3 == 0
+        entry = ((yq - yk) // 2 + 2) * 7 + (xq - xk) // 3 + 3
+        assert torch.equal(bias.dense()[:, query, key], table[entry])
+
+
 def test_flex_agrees_and_its_bias_too():
-    for bias in ("none", "cells"):
-        problem = Problem(Neighborhood2d(5), 9, 14, hilbert_order(9, 14), bias=bias, groups=1)
+    for bias, pattern in (("none", Neighborhood2d(5)), ("cells", Neighborhood2d(5)), ("steps", Slide2d(3, (2, 3)))):
+        problem = Problem(pattern, 9, 14, hilbert_order(9, 14), bias=bias, groups=1)
         layout, tensors = problem.layout(32), problem.tensors()
         q, k, v = (tensors[name] for name in ("query", "key", "value"))
         made = [
@@ -192,6 +206,23 @@ Q = torch.randn(1, 2, 16, 8)
         (lambda: attend(Q, LAYOUT, bias=RelativeBias1d(torch.zeros(3, 7))), ValueError, "one entry per head"),
         (lambda: attend(Q, LAYOUT, bias=RelativeBias2d(torch.zeros(81, 2), 5, 5)), ValueError, "4 x 4 grid"),
         (lambda: RelativeBias2d(torch.zeros(48, 2), 4, 4), ValueError, "49"),
+        (lambda: RelativeBias2d(torch.zeros(49, 2), 4, 4, dilation=0), ValueError, "dilation must be at least 1"),
+        (
+            lambda: attend(
+                Q, Neighborhood2d(2, 3).layout(4, 4), bias=RelativeBias2d(torch.zeros(49, 2), 4, 4, dilation=2)
+            ),
+            ValueError,
+            r"must divide the pattern's dilation \(3, 3\)",
+        ),
+        (
+            lambda: attend(
+                Q,
+                Neighborhood2d(2, 2).layout(4, 4),
+                bias=RelativeBias2d(torch.zeros(1, 2), 4, 4, extent=(1, 1), dilation=2),
+            ),
+            ValueError,
+            "must exceed the layout's largest visible offset",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, error, match):

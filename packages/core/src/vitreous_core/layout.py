@@ -124,6 +124,7 @@ class BlockLayout:
         schedule: the walk of the Triton kernels, which need no block lists.
         reach: `(rows, columns)` such that no visible pair is further apart in the image.
         token_reach: no visible pair is further apart in the token sequence.
+        step: `(rows, columns)`; offsets of visible pairs in the image are multiples of it (dilation).
 
     Raises:
         ValueError: when shapes contradict each other.
@@ -143,6 +144,7 @@ class BlockLayout:
     schedule: Schedule
     reach: tuple[int, int]
     token_reach: int
+    step: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         expected = (-(-self.length // self.query_block), -(-self.length // self.key_block))

@@ -210,7 +210,7 @@ class _BoxPattern(Pattern):
         return _assemble(
             (height, width), (query_block, key_block), lists, BoxRule(*tensors),
             schedule.image_schedule(axes[0], axes[1], None if is_own else token),
-            reach=(reach[0], reach[1]), token_reach=height * width - 1,
+            reach=(reach[0], reach[1]), token_reach=height * width - 1, step=self.dilations(),
         )  # fmt: skip
 
 
@@ -375,14 +375,15 @@ def from_mask(fn: Predicate, length: int) -> MaskPattern:
 
 def _assemble(
     grid: tuple[int, int], blocks: tuple[int, int], lists: Lists, rule: IntervalRule | BoxRule | BitRule,
-    walk: schedule.Schedule, reach: tuple[int, int], token_reach: int,
+    walk: schedule.Schedule, reach: tuple[int, int], token_reach: int, step: tuple[int, int] = (1, 1),
 ) -> BlockLayout:  # fmt: skip
     transposed = _block_lists.transpose_lists(lists, -(-grid[0] * grid[1] // blocks[1]))
     counts, indices, partial = map(torch.from_numpy, lists)
     key_counts, key_indices, key_partial = map(torch.from_numpy, transposed)
     return BlockLayout(
-        *grid, *blocks, counts, indices, partial, key_counts, key_indices, key_partial, rule, walk, reach, token_reach
-    )
+        *grid, *blocks, counts, indices, partial, key_counts, key_indices, key_partial, rule, walk, reach, token_reach,
+        step,
+    )  # fmt: skip
 
 
 def _residue_counts(cells: int, dilation: int) -> list[int]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..curves import Order
 from ..layout import BlockLayout
 from ..ops.block_sparse_attention import Backend, Bias, RelativeBias1d, RelativeBias2d, block_sparse_attention
-from ..patterns import Pattern
+from ..patterns import Neighborhood2d, Pattern, Slide2d
 
-BiasKind = Literal["none", "cells", "distance", "dense"]
+BiasKind = Literal["none", "cells", "steps", "distance", "dense"]
 Strides = Literal["contiguous", "transposed", "packed", "strided", "expanded"]
 
 
@@ -26,7 +26,7 @@ class Problem:
         pattern, height, width, order: who sees whom, under which token order.
         batch, heads, groups, head_dim: `B`, `H`, heads of keys and values, `D`.
         dtype: of query, key, value and cotangent; biases are fp32 at least.
-        bias: kind of bias.
+        bias: kind of bias; `steps` is one by cells that counts in steps of the pattern's dilation.
         strides: memory layout of the tensors; `packed` needs `groups == heads`.
         magnitude: standard deviation of queries and keys.
         dropout_p, scale: as the operator takes them.
@@ -88,10 +88,12 @@ class Problem:
         match self.bias:
             case "none":
                 return None
-            case "cells":
+            case "cells" | "steps":
                 assert table is not None
                 order = None if self.order is None else torch.from_numpy(self.order).to(table.device)
-                return RelativeBias2d(table, self.height, self.width, order)
+                return RelativeBias2d(
+                    table, self.height, self.width, order, extent=self._extent(), dilation=self._steps()
+                )
             case "distance":
                 assert table is not None
                 return RelativeBias1d(table)
@@ -102,12 +104,23 @@ class Problem:
         match self.bias:
             case "none":
                 return None
-            case "cells":
-                return (2 * self.height - 1) * (2 * self.width - 1), self.heads
+            case "cells" | "steps":
+                rows, columns = self._extent()
+                return (2 * rows - 1) * (2 * columns - 1), self.heads
             case "distance":
                 return self.heads, 2 * self.length - 1
             case "dense":
                 return self.heads, self.length, self.length
+
+    def _steps(self) -> tuple[int, int]:
+        if self.bias != "steps":
+            return 1, 1
+        assert isinstance(self.pattern, Slide2d | Neighborhood2d)
+        return self.pattern.dilations()
+
+    def _extent(self) -> tuple[int, int]:
+        down, across = self._steps()
+        return -(-self.height // down), -(-self.width // across)
 
     def run(
         self, tensors: dict[str, Tensor], layout: BlockLayout, backend: Backend, dtype: torch.dtype | None = None

@@ -20,14 +20,17 @@ DENSE_BIAS_LIMIT = 4096
 class RelativeBias2d:
     """Bias by the offset of two cells in the image (Swin's table; HWT uses one for the whole image).
 
-    Entry for query and key: `(yq - yk + a - 1) * (2 * b - 1) + (xq - xk + b - 1)`, `(a, b) = extent`.
+    Entry for query and key: `((yq - yk) / e + a - 1) * (2 * b - 1) + ((xq - xk) / f + b - 1)` with
+    `(a, b) = extent` and `(e, f) = dilation`.
 
     Args:
         table: `[(2 * a - 1) * (2 * b - 1), H]`, any floating dtype; receives a gradient.
         height, width: sides of the image.
         order: the token order, int `[L]`, a CPU array or a tensor (on the table's device it saves a copy and
             compiles); None is row-major.
-        extent: `(a, b)`, offsets below which the table reaches; None is `(height, width)`.
+        extent: `(a, b)`, offsets below which the table reaches, in steps of the dilation; None is `(height, width)`.
+        dilation: step between cells that the table knows, for patterns with that dilation (or a multiple); or
+            (rows, columns).
 
     Raises:
         ValueError: when the table does not have that many rows or the order is no permutation.
@@ -38,8 +41,11 @@ class RelativeBias2d:
     width: int
     order: Order | Tensor | None = None
     extent: tuple[int, int] | None = None
+    dilation: int | tuple[int, int] = 1
 
     def __post_init__(self) -> None:
+        if min(self.steps) < 1:
+            raise ValueError(f"bias.dilation must be at least 1; got {self.dilation}")
         rows, columns = self.offsets
         if self.table.ndim != 2 or self.table.shape[0] != rows * columns:
             raise ValueError(
@@ -61,6 +67,11 @@ class RelativeBias2d:
     def reach(self) -> tuple[int, int]:
         """`extent`, or the sides of the image."""
         return self.extent or (self.height, self.width)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """`dilation` as (rows, columns)."""
+        return self.dilation if isinstance(self.dilation, tuple) else (self.dilation, self.dilation)
 
     @property
     def offsets(self) -> tuple[int, int]:
@@ -85,13 +96,17 @@ class RelativeBias2d:
         return _cells_on(order.astype(np.int32).tobytes(), device)
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
-        """Row and column of every token, int64 `[L]`, on the table's device."""
+        """Residue-major row and column of every token, int64 `[L]`, on the table's device."""
         device = self.table.device
         if self.order is None:
             cell = torch.arange(self.length, device=device)
         else:
             cell = torch.as_tensor(self.order).to(device=device, dtype=torch.int64)
-        return cell // self.width, cell % self.width
+        down, across = self.steps
+        return (
+            residue_major(cell // self.width, self.height, down),
+            residue_major(cell % self.width, self.width, across),
+        )
 
     def dense(self) -> Tensor:
         """The bias `[H, L, L]`; offsets beyond the extent are clamped (the checks make them invisible pairs)."""
@@ -108,12 +123,28 @@ class RelativeBias2d:
             found.append(
                 f"bias must be for the layout's {layout.height} x {layout.width} grid; got {self.height} x {self.width}"
             )
-        elif layout.reach[0] >= self.reach[0] or layout.reach[1] >= self.reach[1]:
+        elif any(step % own for step, own in zip(layout.step, self.steps, strict=True)):
+            found.append(f"bias.dilation must divide the pattern's dilation {layout.step}; got {self.steps}")
+        elif any(far // own >= reach for far, own, reach in zip(layout.reach, self.steps, self.reach, strict=True)):
             found.append(
-                f"bias.extent must exceed the layout's largest visible offset {layout.reach} in rows and columns; "
-                f"got {self.reach}. Leave extent out to cover the whole image"
+                f"bias.extent times bias.dilation must exceed the layout's largest visible offset {layout.reach} in "
+                f"rows and columns; got {self.reach} times {self.steps}. Leave extent out to cover the whole image"
             )
         return found
+
+
+def residue_major(cell: Tensor, cells: int, dilation: int) -> Tensor:
+    """Coordinates along an axis counted residue by residue: 0, d, 2d, ... come first, then 1, d + 1, ...
+
+    Args:
+        cell: integer coordinates, `0 <= cell < cells`.
+        cells: length of the axis.
+        dilation: `d`. Two cells of one residue are then as far apart as their distance over `d`.
+    """
+    if dilation == 1:
+        return cell
+    residue = cell % dilation
+    return residue * (cells // dilation) + residue.clamp(max=cells % dilation) + cell // dilation
 
 
 @lru_cache(32)

@@ -43,7 +43,8 @@ class Facts(NamedTuple):
         forward_steps, dq_steps, dkv_steps, closed_steps, bias_steps: 0 when rows of that pass differ in what they
             see; else a number that divides the columns of every tile (the rows for the closed pass).
         bias: which kind, one of the constants above.
-        image_width, code_width, centre: of the bias: row length of the image, of the table, index of offset zero.
+        image_height, image_width, row_step, column_step: of a bias by cells: the image and the steps it counts in.
+        code_width, centre: of the bias: row length of the table, index of offset zero.
     """
 
     geometry: int
@@ -55,7 +56,10 @@ class Facts(NamedTuple):
     closed_steps: int
     bias_steps: int
     bias: int
+    image_height: int
     image_width: int
+    row_step: int
+    column_step: int
     code_width: int
     centre: int
 
@@ -93,17 +97,19 @@ def attention(
 
 def _flat_bias(
     bias: Bias | None, device: torch.device
-) -> tuple[Tensor | None, Tensor | None, int, tuple[int, int, int]]:
+) -> tuple[Tensor | None, Tensor | None, int, tuple[int, int, int, int, int, int]]:
+    image = (1, 1, 1, 1)
     match bias:
         case None:
-            return None, None, NO_BIAS, (1, 1, 0)
+            return None, None, NO_BIAS, (*image, 1, 0)
         case RelativeBias2d():
             a, b = bias.reach
-            return bias.table, bias.cells(device), CELL_BIAS, (bias.width, 2 * b - 1, (a - 1) * (2 * b - 1) + b - 1)
+            image = (bias.height, bias.width, *bias.steps)
+            return bias.table, bias.cells(device), CELL_BIAS, (*image, 2 * b - 1, (a - 1) * (2 * b - 1) + b - 1)
         case RelativeBias1d():
-            return bias.table, None, DISTANCE_BIAS, (1, 1, bias.kernel - 1)
+            return bias.table, None, DISTANCE_BIAS, (*image, 1, bias.kernel - 1)
         case Tensor():
-            return bias, None, DENSE_BIAS, (1, 1, 0)
+            return bias, None, DENSE_BIAS, (*image, 1, 0)
 
 
 # `custom_op` would be shorter; its Python layers cost ten times as much per call as these, more than a small kernel.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ....schedule import IMAGE
+from ..bias import residue_major
 from ..contracts import DENSE_BIAS, DISTANCE_BIAS, NO_BIAS, Facts, Tables
 from ..dropout import threshold
 
@@ -65,10 +66,11 @@ def _cell_codes(cells: Tensor | None, tables: Tables, facts: Facts, length: int)
     def build() -> tuple[Tensor, bool]:
         token = torch.arange(length, device=tables.forward_tiles.device)
         cell = token if cells is None else cells.long()
-        codes = cell + cell // facts.image_width * (facts.code_width - facts.image_width)
+        y = residue_major(cell // facts.image_width, facts.image_height, facts.row_step)
+        codes = y * facts.code_width + residue_major(cell % facts.image_width, facts.image_width, facts.column_step)
         is_grid = False
         if facts.geometry == IMAGE:
-            # Dilated patterns walk over residue-major cells, where offsets are not the image's.
+            # Dilated patterns walk over residue-major cells; a bias of another dilation counts otherwise.
             walked = token + token // facts.width * (facts.code_width - facts.width)
             is_grid = bool((codes[tables.position.long() if len(tables.position) else token] == walked).all())
         return codes.int(), is_grid
