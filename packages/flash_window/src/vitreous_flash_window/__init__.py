@@ -6,6 +6,7 @@ Plain PyTorch; `import vitreous_flash_window.mm` registers the models with MMPre
 from .attention import FlashShiftWindowMSA, FlashWindowMSA, FlashWindowMSAV2
 from .model import FlashSwinTransformer, FlashSwinTransformerV2
 from .ops import choose_backend, shifted_window_attention, window_attention
+from .swap import convert_model
 
 __all__ = [
     "FlashShiftWindowMSA",
@@ -14,6 +15,7 @@ __all__ = [
     "FlashWindowMSA",
     "FlashWindowMSAV2",
     "choose_backend",
+    "convert_model",
     "shifted_window_attention",
     "window_attention",
 ]

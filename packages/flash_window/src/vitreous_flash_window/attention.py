@@ -117,8 +117,10 @@ class _WindowAttention(nn.Module, ABC):
             raise ValueError(f"x must be [B * W, {tokens}, {self.embed_dims}]; got {tuple(x.shape)}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # A function of the window size: a file written for another window must not override it.
-        state_dict[f"{prefix}relative_position_index"] = self.relative_position_index
+        # Functions of the window size: a file written for another window must not override them.
+        for name, buffer in self.named_buffers(recurse=False):
+            if name not in self._non_persistent_buffers_set:
+                state_dict[f"{prefix}{name}"] = buffer
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -261,11 +263,6 @@ class FlashWindowMSAV2(_WindowAttention):
                 scale=1.0, dropout_p=self.dropout_p(), backend=self.backend,
             )  # fmt: skip
         return self.project_out(out.to(value.dtype).transpose(1, 2).flatten(2))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # As the index: a function of the window sizes.
-        state_dict[f"{prefix}relative_coords_table"] = self.relative_coords_table
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class FlashShiftWindowMSA(nn.Module):
