@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vitreous_core import curves, patterns
+from vitreous_core.bench.rows import Row, read_rows
 from vitreous_core.papers import papers
 from vitreous_core.zoo import ModelCard, models
 
@@ -33,15 +35,41 @@ def main(arguments: Sequence[str]) -> int:
         RESULTS / "claims.md": claims_page(claims),
         RESULTS / "runs.md": runs_page(),
         readme: between_markers(readme.read_text(encoding="utf-8"), glance_table(claims)),
+        **paper_pages(),
     }
     stale = [path for path, text in rendered.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if "--check" in arguments:
             print(f"{path.relative_to(ROOT)} is not what the files give: run `nox -s tables`")
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(rendered[path], encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")
+    if "--check" not in arguments:
+        for path, draw in paper_figures().items():
+            draw().savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+            print(f"drew {path.relative_to(ROOT)}")
     return len(stale) if "--check" in arguments else 0
+
+
+def paper_pages() -> dict[Path, str]:
+    """What papers say for themselves: `pages()` of a module `report`, Markdown by name of the page."""
+    return {
+        RESULTS / paper.name / f"{name}.md": MADE_BY + text
+        for paper in papers()
+        if (paper.root / "report.py").is_file()
+        for name, text in paper.module("report").pages().items()
+    }
+
+
+def paper_figures() -> dict[Path, Callable[[], Any]]:
+    """`figures()` of the same modules: what draws a Matplotlib figure, by its name."""
+    return {
+        RESULTS / "figures" / f"{paper.name}-{name}.png": draw
+        for paper in papers()
+        if (paper.root / "report.py").is_file()
+        for name, draw in paper.module("report").figures().items()
+    }
 
 
 def claims_page(claims: Iterable[dict[str, Any]]) -> str:
@@ -83,13 +111,58 @@ def our_figure(origin: dict[str, Any] | None) -> str:
         case {"empty_blocks": sides, "image": [height, width], "block": block}:
             shares = [empty_share(*side, height=height, width=width, block=block) for side in sides]
             return " → ".join(f"{100 * share:.1f} %" for share in shares)
+        case {"bench": _, "speed_up": [slow, ours]}:
+            runs = measured(origin, [slow, ours])
+            return " / ".join(f"{run[slow]['latency_ms_p50'] / run[ours]['latency_ms_p50']:.3g}×" for run in runs)
+        case {"bench": _, "ms": providers}:
+            return side_by_side(measured(origin, providers), providers, "latency_ms_p50", "ms")
+        case {"bench": _, "mib": providers}:
+            return side_by_side(measured(origin, providers), providers, "peak_mib", "MiB")
         case _:
             raise ValueError(f"`ours` must be one of the forms that the head of claims.yml lists; got {origin}")
 
 
 def hardware(origin: dict[str, Any] | None) -> str:
     """What our figure was found on: counts and layouts are the same on any machine."""
-    return "–" if origin is None else "any (counted)"
+    match origin:
+        case None:
+            return "–"
+        case {"bench": _}:
+            providers = next(origin[form] for form in ("speed_up", "ms", "mib") if form in origin)
+            return ", ".join(sorted({row["device"] for run in measured(origin, providers) for row in run.values()}))
+    return "any (counted)"
+
+
+def measured(origin: dict[str, Any], providers: Sequence[str]) -> list[dict[str, Row]]:
+    """For each case of a claim, the rows of these providers, all of the newest run that has them all.
+
+    Raises:
+        ValueError: when no run has them; the claim then has no figure of ours to show.
+    """
+    found = []
+    for case in origin["cases"]:
+        runs: dict[str, dict[str, Row]] = defaultdict(dict)
+        for row in recorded_rows():
+            named = (row["suite"], row["case"], row["mode"]) == (origin["bench"], case, origin["mode"])
+            if named and row["state"] == "ok" and origin.get("device", row["device"]) == row["device"]:
+                runs[row["time"]][row["provider"]] = row
+        complete = [time for time, rows in runs.items() if set(providers) <= set(rows)]
+        if not complete:
+            raise ValueError(f"no run of {origin['bench']} {case} {origin['mode']} has all of {list(providers)}")
+        newest = runs[max(complete)]
+        found.append({provider: newest[provider] for provider in providers})
+    return found
+
+
+def side_by_side(runs: Sequence[dict[str, Row]], providers: Sequence[str], field: str, unit: str) -> str:
+    """A field of the rows: cases apart by strokes, providers by arrows."""
+    return " → ".join(" / ".join(f"{run[name][field]:.3g}" for run in runs) for name in providers) + f" {unit}"
+
+
+@cache
+def recorded_rows() -> list[Row]:
+    """Every row of the benchmarks."""
+    return list(read_rows(RESULTS / "bench"))
 
 
 def verdict(entry: dict[str, Any]) -> str:

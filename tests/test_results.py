@@ -22,6 +22,30 @@ def test_committed_tables_are_what_the_files_give(monkeypatch: pytest.MonkeyPatc
     assert render.main(["--check"]) == 0, "run `nox -s tables`"
 
 
+def row(provider: str, time: str, latency: float, **others: object) -> dict[str, object]:
+    facts = {"suite": "core", "case": "H/a", "mode": "fwd", "state": "ok", "device": "GPU", "peak_mib": 12.0}
+    return facts | {"provider": provider, "time": time, "latency_ms_p50": latency} | others
+
+
+def test_a_claim_takes_its_figures_from_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tables = runpy.run_path("docs/tables.py")
+    rows = [
+        row("slow", "1", 8.0), row("ours", "1", 4.0), row("slow", "2", 9.0), row("ours", "2", 2.0),
+        row("ours", "3", 1.0), row("slow", "3", 1.0, state="out of memory"), row("slow", "2", 0.5, mode="fwd+bwd"),
+    ]  # fmt: skip
+    tables["our_figure"].__globals__["recorded_rows"] = lambda: rows
+    origin = {"bench": "core", "cases": ["H/a"], "mode": "fwd"}
+    assert tables["our_figure"](origin | {"speed_up": ["slow", "ours"]}) == "4.5×"
+    assert tables["our_figure"](origin | {"ms": ["slow", "ours"]}) == "9 → 2 ms"
+    assert tables["our_figure"](origin | {"mib": ["ours"]}) == "12 MiB"
+    assert tables["hardware"](origin | {"ms": ["slow"]}) == "GPU"
+    with pytest.raises(ValueError, match="no run of core H/a fwd has all of"):
+        tables["our_figure"](origin | {"ms": ["slow", "other"]})
+    with pytest.raises(ValueError, match="no run"):
+        tables["our_figure"](origin | {"ms": ["slow"], "device": "another"})
+
+
 def test_every_paper_has_claims_with_a_source() -> None:
     ledger = {
         entry["paper"]: entry["claims"] for entry in yaml.safe_load((ROOT / "docs/results/claims.yml").read_text())

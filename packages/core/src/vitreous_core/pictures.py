@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -30,6 +30,7 @@ SERIES = (BLUE, ORANGE, "#1a936f", "#8e44ad", "#c0392b", "#7f6a00")
 _LARGEST_CURVE = 512 * 512
 _LARGEST_MASK = 4096
 _MOST_GRID_LINES = 32
+_MOST_MASK_CELLS = 800
 _SIDE = 3.5  # inches
 
 
@@ -83,6 +84,81 @@ def draw_pattern(
         )  # fmt: skip
         _frame(axes[1], f"mask in token order, {layout.density:.1%} visible", "key token", "query token")
     _draw_blocks(axes[-1], layout)
+    return figure
+
+
+@dataclass(frozen=True)
+class Masked:
+    """One column of `draw_masks`.
+
+    Args:
+        title: above it.
+        layout: the pattern's blocks, on the CPU.
+        order: the token order that the layout was built for.
+    """
+
+    title: str
+    layout: BlockLayout
+    order: Order
+
+
+def draw_masks(columns: Sequence[Masked]) -> Figure:
+    """What block sparsity makes of patterns or orders: below, each mask in token order, with what a kernel computes
+    in vain; above, on the image, one block of queries and the keys that its row of the mask reads.
+    """
+    gap, margin = 0.3, 0.8  # inches: between panels, and below them all
+    width, height = len(columns) * (_SIDE + gap), 2 * (_SIDE + gap) + margin
+    figure = _canvas(width, height)
+    axes = figure.subplots(
+        2, len(columns), squeeze=False,
+        gridspec_kw={"wspace": gap / _SIDE, "hspace": gap / _SIDE, "left": gap / width, "right": 1,
+                     "bottom": margin / height, "top": 1 - gap / height},
+    )  # fmt: skip
+    for column, (above, below) in zip(columns, axes.T, strict=True):
+        layout = column.layout
+        _draw_one_row(above, layout, column.order)
+        _frame_image(above, layout.height, layout.width, column.title)
+        _draw_waste(below, layout)
+        empty, partial, full = layout.block_ratios
+        _frame(below, "", f"{100 * empty:.1f} % empty, {100 * partial:.1f} % partial, {100 * full:.1f} % full", "")
+    axes[1, 0].set_ylabel("query token", color=MUTED, fontsize=8)
+    marks = [Patch(color=ORANGE), Patch(color=BLUE), Patch(color=LIGHT_BLUE), Patch(color=PAPER)]
+    block = f"{columns[0].layout.query_block} x {columns[0].layout.key_block}"
+    labels = ["a block of queries", "visible", f"read and masked (blocks of {block} tokens)", "skipped"]
+    figure.legend(
+        marks, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK, handlelength=1,
+        bbox_to_anchor=(0.5, 0),
+    )  # fmt: skip
+    return figure
+
+
+def draw_shares(rows: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
+    """Per cents as dots: a line for each row, the series told apart by colour and shape.
+
+    Args:
+        rows: by name of the row, per cents by name of the series. Equal values lie on top of each other, the first
+            series largest.
+        label: of the axis.
+    """
+    series = list(dict.fromkeys(name for values in rows.values() for name in values))
+    figure = _canvas(7.5, 0.34 * len(rows) + 1.3)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    for name, color, shape, size in zip(
+        series, _cycle(len(series)), "osD^vP" * len(series), np.linspace(90, 24, len(series)), strict=False
+    ):
+        places = [place for place, values in enumerate(rows.values()) if name in values]
+        shares = [values[name] for values in rows.values() if name in values]
+        axes.scatter(shares, places, s=size, marker=shape, color=color, label=name, zorder=3, linewidths=0)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=9, color=INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.set_xlabel(label, color=MUTED, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
     return figure
 
 
@@ -175,12 +251,60 @@ def _draw_blocks(axes: Axes, layout: BlockLayout) -> None:
     _legend(axes, marks, [f"{name} {share:.0%}" for name, share in shares])
 
 
+def _draw_one_row(axes: Axes, layout: BlockLayout, order: Order) -> None:
+    """The image: a block of queries in its middle, what they see, and what their key blocks hold besides."""
+    block = int(inverse_order(order)[(layout.height // 2) * layout.width + layout.width // 2]) // layout.query_block
+    token = torch.arange(layout.length)
+    queries = token[block * layout.query_block : (block + 1) * layout.query_block]
+    read = torch.isin(token // layout.key_block, layout.indices[block, : layout.counts[block]])
+    seen = layout.rule.allows(queries[:, None], token[None, :]).any(0)
+    states = read.to(torch.uint8) + (seen & read)
+    states[queries] = 3
+    picture = np.zeros(layout.length, dtype=np.uint8)
+    picture[np.asarray(order)] = states.numpy()
+    axes.imshow(
+        picture.reshape(layout.height, layout.width), cmap=ListedColormap([PAPER, LIGHT_BLUE, BLUE, ORANGE]),
+        vmin=0, vmax=3, interpolation="nearest",
+    )  # fmt: skip
+
+
+def _draw_waste(axes: Axes, layout: BlockLayout) -> None:
+    """The mask: visible pairs, pairs computed besides, pairs skipped; cells of a large one are averages."""
+    step = -(-layout.length // _MOST_MASK_CELLS)
+    cells = -(-layout.length // step)
+    token = torch.arange(layout.length)
+    shade = np.empty((cells, cells, 3))
+    paper, light, dark = (np.array(to_rgb(color)) for color in (PAPER, LIGHT_BLUE, BLUE))
+    listed = torch.zeros(len(layout.counts), len(layout.key_counts), dtype=torch.bool)
+    for block, count in enumerate(layout.counts.tolist()):
+        listed[block, layout.indices[block, :count].long()] = True
+    for cell in range(cells):
+        query = token[cell * step : (cell + 1) * step, None]
+        seen = layout.rule.allows(query, token[None, :])
+        read = listed[query // layout.query_block, token[None, :] // layout.key_block]
+        visible, computed = (_pooled(mask, step) for mask in (seen & read, read))
+        shade[cell] = paper * (1 - computed) + light * (computed - visible) + dark * visible
+    axes.imshow(shade, interpolation="nearest")
+
+
+def _pooled(mask: torch.Tensor, step: int) -> NDArray[np.float64]:
+    """Share of true cells by group of `step` columns, `[groups, 1]`."""
+    share = mask.double().mean(0).numpy()
+    first = np.arange(0, len(share), step)
+    return (np.add.reduceat(share, first) / np.diff([*first, len(share)]))[:, None]
+
+
 def _figure(sizes: Sequence[tuple[float, float]]) -> tuple[Figure, NDArray[np.object_]]:
     widths = [width for width, _ in sizes]
-    figure = Figure(figsize=(sum(widths) + 0.8 * (len(sizes) - 1), max(h for _, h in sizes) + 0.7))
-    FigureCanvasAgg(figure)
+    figure = _canvas(sum(widths) + 0.8 * (len(sizes) - 1), max(h for _, h in sizes) + 0.7)
     axes = figure.subplots(1, len(sizes), squeeze=False, gridspec_kw={"width_ratios": widths, "wspace": 0.22})
     return figure, axes[0]
+
+
+def _canvas(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _image_size(height: int, width: int) -> tuple[float, float]:
