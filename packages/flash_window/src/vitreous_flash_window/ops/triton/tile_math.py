@@ -95,12 +95,12 @@ def addend_tile(ptr, row_index, column_index, stride_row, stride_column, TOKENS:
 
 @triton.jit
 def softmax_numerators(scores):
-    """`exp2(scores - row maximum)` and the inverse of its row sums; both zero for a row of minus infinities."""
+    """`exp2(scores - row maximum)` and the inverse of its row sums; numerators of a row of minus infinities are zero."""
     largest = tl.max(scores, 1)
     largest = tl.where(largest == -float("inf"), 0.0, largest)
     numerators = tl.exp2(scores - largest[:, None])
     total = tl.sum(numerators, 1)
-    return numerators, tl.where(total == 0.0, 0.0, 1.0 / total)
+    return numerators, 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
