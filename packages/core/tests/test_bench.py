@@ -152,6 +152,15 @@ def test_all_ways_to_compute_windows_pass_the_gate(problem: attention.AttentionP
         assert len(prepared.steps["fwd+bwd"]()) == 3 + (problem.bias_extent is not None)  # type: ignore[arg-type]
 
 
+def test_the_truth_of_a_long_sequence_is_computed_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attention._dense_results(BIASED, CPU, torch.float64)
+    monkeypatch.setattr(attention, "_MOST_SCORES", 2 * 64 * 10)  # ten tokens at a time, the last run shorter
+    in_runs = attention._dense_results(BIASED, CPU, torch.float64)
+    assert set(whole) == {"out", "dquery", "dkey", "dvalue", "dtable"}
+    for name, tensor in in_runs.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-13)
+
+
 def test_windows_of_the_curve_are_windows_of_the_image_on_powers_of_two() -> None:
     on_curve = attention.attention_provider("hwa", attention.sdpa, order="hilbert", pattern=Window1d(16))
     gate = on_curve.prepare(SMALL, CPU).gate

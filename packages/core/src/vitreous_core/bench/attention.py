@@ -23,7 +23,10 @@ FORWARD, BOTH = "fwd", "fwd+bwd"
 FLEX_BLOCK = 128
 """FlexAttention's own block size."""
 _LONGEST_FP64 = 4096
-"""Tokens up to which the truth is computed in fp64 on a GPU; above it in IEEE fp32, to fit in memory."""
+"""Tokens up to which the truth is computed in fp64 on a GPU; above it in IEEE fp32, which is faster."""
+_MOST_SCORES = 2**29
+"""Scores of the truth held at once: it is computed a run of query tokens at a time."""
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -248,17 +251,25 @@ def _dense_results(problem: AttentionProblem, device: torch.device, dtype: torch
         query, key, value, cotangent = (
             tensor.detach()[:1].to(dtype) for tensor in (drawn.query, drawn.key, drawn.value, drawn.cotangent)
         )
+        leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
         table = None
         if drawn.table is not None:
             table = drawn.table.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        leaves = [tensor.requires_grad_() for tensor in (query, key, value)] + ([] if table is None else [table])
+            leaves.append(table)
         tensors = Tensors(query, key, value, cotangent, table)
-        out = dense(problem, tensors)(query, key, value)
-        gradients = torch.autograd.grad(out, leaves, cotangent)
+        # Summed over the runs in fp32 at least, so that their number does not matter to the problem's dtype.
+        gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(dtype, torch.float32)) for leaf in leaves]
+        outs = []
+        run = _MOST_SCORES // (problem.heads * problem.length)
+        for rows in (slice(first, first + run) for first in range(0, problem.length, run)):
+            out = dense(problem, tensors, rows)(query[:, :, rows], key, value)
+            for gradient, part in zip(gradients, torch.autograd.grad(out, leaves, cotangent[:, :, rows]), strict=True):
+                gradient += part
+            outs.append(out.detach())
     finally:
         torch.set_float32_matmul_precision(precision)
     _, position = order_tables(problem.order, problem.height, problem.width, device, problem.tile)
-    in_image_order = [tensor.detach()[:, :, position] for tensor in (out, *gradients[:3])]
+    in_image_order = [tensor.to(dtype)[:, :, position] for tensor in (torch.cat(outs, dim=2), *gradients[:3])]
     results = dict(zip(("out", "dquery", "dkey", "dvalue"), in_image_order, strict=True))
     if table is not None:
         results["dtable"] = gradients[3]
@@ -364,10 +375,10 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def dense(problem: AttentionProblem, tensors: Tensors) -> Attend:
-    """Masked attention over all pairs in the input's dtype, in eager PyTorch."""
-    mask = _additive_mask(problem, tensors.query)
-    bias = _dense_bias(problem, tensors)
+def dense(problem: AttentionProblem, tensors: Tensors, rows: slice = _ALL) -> Attend:
+    """Masked attention over all pairs in the input's dtype, in eager PyTorch, for the query tokens in `rows`."""
+    mask = _additive_mask(problem, tensors.query, rows)
+    bias = _dense_bias(problem, tensors, rows)
     scale = problem.head_dim**-0.5
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -446,27 +457,28 @@ def _coordinates(problem: AttentionProblem, device: torch.device) -> tuple[Tenso
     return order // problem.width, order % problem.width
 
 
-def _visible(problem: AttentionProblem, device: torch.device) -> Tensor:
+def _visible(problem: AttentionProblem, device: torch.device, rows: slice) -> Tensor:
     layout = layout_for(problem.pattern, problem.order, problem.height, problem.width, device, tile=problem.tile)
-    return layout.to_dense()
+    token = torch.arange(problem.length, device=device)
+    return layout.rule.allows(token[rows, None], token[None, :])
 
 
-def _additive_mask(problem: AttentionProblem, like: Tensor) -> Tensor:
-    mask = torch.zeros(problem.length, problem.length, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(~_visible(problem, like.device), -math.inf)
+def _additive_mask(problem: AttentionProblem, like: Tensor, rows: slice = _ALL) -> Tensor:
+    visible = _visible(problem, like.device, rows)
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, -math.inf)
 
 
-def _dense_bias(problem: AttentionProblem, tensors: Tensors) -> Callable[[], Tensor] | None:
-    """The bias `[H, L, L]`, gathered from its table on every call, as training must."""
+def _dense_bias(problem: AttentionProblem, tensors: Tensors, rows: slice = _ALL) -> Callable[[], Tensor] | None:
+    """The bias `[H, L, L]`, gathered from its table on every call, as training must; or some rows of it."""
     table = tensors.table
     if table is None or problem.bias_extent is None:
         return None
     y, x = _coordinates(problem, table.device)
-    index = _offset_index(y, x, problem.bias_extent)
+    index = _offset_index(y, x, problem.bias_extent, rows)
     # Invisible pairs have a gradient of zero, but their offsets are clamped to few entries, and PyTorch adds what
     # belongs to one entry one after another. Spread over all entries they cost little.
     anywhere = torch.arange(index.numel(), device=index.device).remainder_(len(table)).view_as(index)
-    index = torch.where(_visible(problem, table.device), index, anywhere)
+    index = torch.where(_visible(problem, table.device, rows), index, anywhere)
     return partial(_gathered, table, index, tensors.query.dtype)
 
 
@@ -485,10 +497,10 @@ def _window_bias(problem: AttentionProblem, tensors: Tensors, window: int) -> Ca
     return partial(_gathered, tensors.table, index, tensors.query.dtype, windows=True)
 
 
-def _offset_index(y: Tensor, x: Tensor, extent: tuple[int, int]) -> Tensor:
+def _offset_index(y: Tensor, x: Tensor, extent: tuple[int, int], queries: slice = _ALL) -> Tensor:
     rows, columns = extent[0] - 1, extent[1] - 1
-    row = (y[:, None] - y[None, :]).clamp(-rows, rows) + rows
-    column = (x[:, None] - x[None, :]).clamp(-columns, columns) + columns
+    row = (y[queries, None] - y[None, :]).clamp(-rows, rows) + rows
+    column = (x[queries, None] - x[None, :]).clamp(-columns, columns) + columns
     return row * (2 * columns + 1) + column
 
 
