@@ -1,11 +1,10 @@
-"""The checks that backbones share."""
+"""What backbones check alike."""
 
 from __future__ import annotations
 
 import pytest
-from torch import nn
 
-from vitreous_core.backbone import check_evaluating, check_trainable, stage_indices
+from vitreous_core.backbone import stage_indices
 
 
 @pytest.mark.parametrize(("given", "expected"), [(-1, (3,)), (0, (0,)), ([2, 0], (0, 2)), ((-1, 3, 1), (1, 3))])
@@ -20,14 +19,3 @@ def test_stage_indices(given: object, expected: tuple[int, ...]) -> None:
 def test_bad_stage_indices(given: object, error: type[Exception]) -> None:
     with pytest.raises(error, match="out_indices must"):
         stage_indices(given, 4)
-
-
-def test_modes() -> None:
-    module = nn.Identity()
-    with pytest.raises(RuntimeError, match="evaluation mode"):
-        check_evaluating(module)
-    check_evaluating(module.eval())
-    check_trainable(deploy=False, mode=True)
-    check_trainable(deploy=True, mode=False)
-    with pytest.raises(RuntimeError, match="cannot train"):
-        check_trainable(deploy=True, mode=True)

@@ -16,9 +16,10 @@ Build = Callable[..., nn.Sequential]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread_and_one_seed():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
 

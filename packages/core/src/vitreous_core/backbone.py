@@ -1,10 +1,8 @@
-"""What the papers' backbones check alike: which stages they return, and what a folded model may do."""
+"""What the papers' backbones check alike: which stages they return."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
 
 
 def stage_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, ...]:
@@ -24,29 +22,3 @@ def stage_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, .
     if any(not -stages <= index < stages for index in indices):
         raise ValueError(f"out_indices must lie in {-stages}..{stages - 1}; got {out_indices}")
     return tuple(sorted({index % stages for index in indices}))
-
-
-def check_evaluating(module: nn.Module) -> None:
-    """Require evaluation mode, for folding batch norms.
-
-    Raises:
-        RuntimeError: in training mode, where batch norms are no fixed maps.
-    """
-    if module.training:
-        raise RuntimeError("switch_to_deploy folds running statistics and needs evaluation mode; call eval() first")
-
-
-def check_trainable(deploy: bool, mode: bool) -> None:
-    """Refuse training mode to a model whose batch norms are folded away.
-
-    Args:
-        deploy: whether it is folded.
-        mode: the mode asked for, as in `nn.Module.train`.
-
-    Raises:
-        RuntimeError: for training mode.
-    """
-    if deploy and mode:
-        raise RuntimeError(
-            "this model is switched to deploy and cannot train; build a new one and load the original weights"
-        )

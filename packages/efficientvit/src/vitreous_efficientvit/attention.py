@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,9 @@ class ConvBN(nn.Sequential):
         self.bn = nn.BatchNorm2d(out_channels)
         nn.init.constant_(self.bn.weight, gamma)
 
-    def folded(self) -> nn.Conv2d:
-        """The single biased convolution that this pair is in evaluation mode."""
-        return fold_conv_norm(self.c, self.bn)
+    def folded(self, *, gain: float = 1.0, residual: bool = False) -> nn.Conv2d:
+        """The single biased convolution that this pair is in evaluation mode, times `gain`, plus its input."""
+        return fold_conv_norm(self.c, self.bn, gain=gain, residual=residual)
 
 
 class CascadedGroupAttention(nn.Module):
@@ -115,22 +115,81 @@ class CascadedGroupAttention(nn.Module):
         Raises:
             ValueError: for another shape.
         """
-        expected = (self.channels, self.window_size, self.window_size)
-        if windows.ndim != 4 or tuple(windows.shape[1:]) != expected:
-            raise ValueError(
-                f"windows must be [B*W, {', '.join(map(str, expected))}]; got {tuple(windows.shape)}. "
-                "LocalWindowAttention cuts a map of any size into such windows"
-            )
+        _check_windows(windows, self.channels, self.window_size)
         biases = self.attention_biases[:, self.attention_bias_idxs]  # [H, N, N]
-        outputs: list[Tensor] = []
-        for head, piece in enumerate(windows.chunk(self.num_heads, dim=1)):
-            source = piece + outputs[-1] if outputs else piece
-            query, key, value = self.qkvs[head](source).split([self.key_dim, self.key_dim, self.value_dim], dim=1)
-            query = self.dws[head](query)
-            scores = query.flatten(2).mT @ key.flatten(2) * self.scale + biases[head]
-            attention = scores.softmax(dim=-1)
-            outputs.append((value.flatten(2) @ attention.mT).view_as(piece))
-        return self.proj(torch.cat(outputs, dim=1))
+        return self.proj(cascade(windows, self.qkvs, self.dws, biases, self.scale))
+
+    def folded(self) -> FoldedCascadedGroupAttention:
+        """What this module is in evaluation mode, for inference only."""
+        return FoldedCascadedGroupAttention(self)
+
+
+class FoldedCascadedGroupAttention(nn.Module):
+    """`CascadedGroupAttention` for inference: no norms, no scale, no gather.
+
+    The batch norms are in their convolutions, `1 / sqrt(key_dim)` is in the query's convolution, the last linear map
+    before the scores, and `biases` holds the bias of every (query, key) pair.
+
+    What cannot be folded: the ReLU stands between the values' convolution and the projection. The shift of the keys
+    adds the same to all scores of a query, which softmax takes away again, but one convolution makes queries, keys and
+    values, so leaving it out saves nothing.
+
+    Args:
+        attention: the module to fold, in evaluation mode.
+    """
+
+    biases: Tensor
+
+    def __init__(self, attention: CascadedGroupAttention) -> None:
+        super().__init__()
+        self.channels = attention.channels
+        self.num_heads = attention.num_heads
+        self.window_size = attention.window_size
+        self.key_dim = attention.key_dim
+        self.qkvs = nn.ModuleList(_fold(layer) for layer in attention.qkvs)
+        self.dws = nn.ModuleList(_fold(layer, gain=attention.scale) for layer in attention.dws)
+        self.proj = _fold(attention.proj[1])
+        self.register_buffer("biases", attention.attention_biases.detach()[:, attention.attention_bias_idxs])
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, num_heads={self.num_heads}, window_size={self.window_size}"
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Attend inside each window: as `CascadedGroupAttention.forward`."""
+        _check_windows(windows, self.channels, self.window_size)
+        return self.proj(cascade(windows, self.qkvs, self.dws, self.biases).relu())
+
+
+def cascade(
+    windows: Tensor,
+    qkvs: Iterable[nn.Module],
+    dws: Iterable[nn.Module],
+    biases: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """The heads of cascaded group attention, one after the other; see `CascadedGroupAttention`.
+
+    Args:
+        windows: `[B*W, H*d, r, r]`.
+        qkvs: for each head the map from its `d` channels to those of query, key and value.
+        dws: for each head the map of its query over the window.
+        biases: `[H, N, N]`, N = r * r, rows index queries.
+        scale: factor on the scores before the bias; None when `dws` has it.
+
+    Returns:
+        The heads' outputs `[B*W, H*d, r, r]`, before ReLU and projection.
+    """
+    outputs: list[Tensor] = []
+    pieces = windows.chunk(len(biases), dim=1)
+    for piece, qkv, dw, bias in zip(pieces, qkvs, dws, biases, strict=True):
+        source = piece + outputs[-1] if outputs else piece
+        mixed = qkv(source)
+        key_dim = (mixed.shape[1] - piece.shape[1]) // 2
+        query, key, value = mixed.split([key_dim, key_dim, piece.shape[1]], dim=1)
+        scores = dw(query).flatten(2).mT @ key.flatten(2)
+        attention = ((scores if scale is None else scores * scale) + bias).softmax(dim=-1)
+        outputs.append((value.flatten(2) @ attention.mT).view_as(piece))
+    return torch.cat(outputs, dim=1)
 
 
 class LocalWindowAttention(nn.Module):
@@ -153,6 +212,7 @@ class LocalWindowAttention(nn.Module):
         key_dim: int = 16,
     ) -> None:
         super().__init__()
+        self.attn: CascadedGroupAttention | FoldedCascadedGroupAttention
         self.attn = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,6 +225,11 @@ class LocalWindowAttention(nn.Module):
         windows = window_partition(padded, window)
         merged = window_reverse(self.attn(windows), *padded.shape[-2:])
         return merged[..., :height, :width]
+
+    def fold(self) -> None:
+        """Put the attention's folded form in its place."""
+        assert isinstance(self.attn, CascadedGroupAttention)
+        self.attn = self.attn.folded()
 
 
 def bias_index(window_size: int) -> Tensor:
@@ -235,6 +300,20 @@ def _resize_loaded_table(module: nn.Module, state: dict[str, Any], prefix: str, 
         stacklevel=2,
     )
     state[name] = resize_bias_table(table, module.window_size)
+
+
+def _fold(layer: nn.Module, gain: float = 1.0) -> nn.Conv2d:
+    assert isinstance(layer, ConvBN)
+    return layer.folded(gain=gain)
+
+
+def _check_windows(windows: Tensor, channels: int, window_size: int) -> None:
+    expected = (channels, window_size, window_size)
+    if windows.ndim != 4 or tuple(windows.shape[1:]) != expected:
+        raise ValueError(
+            f"windows must be [B*W, {', '.join(map(str, expected))}]; got {tuple(windows.shape)}. "
+            "LocalWindowAttention cuts a map of any size into such windows"
+        )
 
 
 def _check_attention(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitreous_core.backbone import check_evaluating, check_trainable, stage_indices
-from vitreous_core.fold import fold_norm_linear
+from vitreous_core.backbone import stage_indices
+from vitreous_core.deploy import check_evaluating, check_trainable, seal
+from vitreous_core.fold import fold_mean, fold_norm_linear
 from vitreous_core.recompute import recompute
 
 from .attention import ConvBN, LocalWindowAttention
@@ -165,11 +166,21 @@ class EfficientViTMSRA(nn.Module):
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Fold every batch norm into its convolution, in place; a second call changes nothing.
+        """Fold for inference, in place; a second call changes nothing.
 
-        State dicts lose their `bn` entries, so load weights before.
+        * Every batch norm goes into its convolution.
+        * `x + dw(x)` becomes one depthwise convolution, its middle tap raised by one.
+        * Attention takes its folded form (`FoldedCascadedGroupAttention`): the scale is in the query's convolution, and
+          the bias of each pair of tokens is read, not gathered.
 
-        **Numerics**: computed in fp64 and rounded once to the model's dtype; device and dtype stay.
+        What stays: the residuals of FFN and attention, whose branches are not linear; squeeze-excite, whose gate
+        depends on the image.
+
+        State dicts change their names and shapes, so load weights before. Afterwards only the state of another
+        deployed model loads. Memory format, device and dtype stay.
+
+        **Numerics**: computed in fp64 and rounded once to the model's dtype. A 16-bit model rounds taps near one to
+        its spacing there, an error like that of rounding the sum.
 
         Raises:
             RuntimeError: in training mode, where batch norms are no fixed maps.
@@ -177,8 +188,9 @@ class EfficientViTMSRA(nn.Module):
         if self.deploy:
             return
         check_evaluating(self)
-        _fold_batch_norms(self)
+        _fold(self)
         self.deploy = True
+        seal(self)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning rates: stem 0, each block one, everything else last.
@@ -270,23 +282,27 @@ class EfficientViTMSRAHead(nn.Module):
         return self
 
     @torch.no_grad()
-    def switch_to_deploy(self) -> None:
+    def switch_to_deploy(self, backbone: EfficientViTMSRA | None = None) -> None:
         """Fold the batch norms, and two classifiers into their mean, in place; a second call changes nothing.
+
+        Args:
+            backbone: deploy it too. It leaves nothing for the head to take over: its last layer is in a residual.
 
         Raises:
             RuntimeError: in training mode.
         """
+        if backbone is not None:
+            backbone.switch_to_deploy()
         if self.deploy:
             return
         check_evaluating(self)
-        _fold_batch_norms(self)
+        _fold(self)
         if isinstance(self.distillation_classifier, nn.Linear):
-            for mine, other in zip(
-                self.classifier.parameters(), self.distillation_classifier.parameters(), strict=True
-            ):
-                mine.copy_((mine.double() + other.double()) / 2)
+            assert isinstance(self.classifier, nn.Linear)
+            self.classifier = fold_mean(self.classifier, self.distillation_classifier)
         self.distillation_classifier = None
         self.deploy = True
+        seal(self)
 
 
 class EfficientViTBlock(nn.Sequential):
@@ -411,14 +427,16 @@ def _classifier(in_channels: int, num_classes: int) -> nn.Module:
     return BNLinear(in_channels, num_classes) if num_classes else nn.Identity()
 
 
-def _fold_batch_norms(module: nn.Module) -> None:
+def _fold(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, ConvBN | BNLinear):
-            folded = child.folded().eval()
-            folded.requires_grad_(next(child.parameters()).requires_grad)
-            setattr(module, name, folded)
+        if isinstance(child, Residual) and isinstance(child.m, ConvBN):
+            setattr(module, name, child.m.folded(residual=True))
+        elif isinstance(child, ConvBN | BNLinear):
+            setattr(module, name, child.folded())
+        elif isinstance(child, LocalWindowAttention):
+            child.fold()
         else:
-            _fold_batch_norms(child)
+            _fold(child)
 
 
 def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

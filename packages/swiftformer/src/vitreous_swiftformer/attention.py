@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vitreous_core.fold import exact
 
 EPS = 1e-12
 
@@ -61,6 +65,67 @@ class EfficientAdditiveAttention(nn.Module):
         weights = _unit_length(query @ self.w_g * self.scale, dim=1)  # [B, L, 1]
         global_query = weights.transpose(1, 2) @ query  # [B, 1, D]
         return self.final(self.Proj(global_query * key) + query)
+
+    def folded(self, layer_scale: Tensor) -> FoldedAdditiveAttention:
+        """What this module, its result times `layer_scale` (one factor per channel), is for inference only."""
+        return FoldedAdditiveAttention(self, layer_scale)
+
+
+class FoldedAdditiveAttention(nn.Module):
+    """`EfficientAdditiveAttention` for inference, on maps instead of tokens, in two linear maps instead of four.
+
+    After the normalisations everything is linear, so with `M = final Proj`
+
+        out = M (G * K) + final Q + const = out_proj([Q, G * K])
+
+    one convolution of 1x1 makes queries and keys, another the result, on the map as it lies in memory: no change
+    between maps and tokens. `1 / sqrt(D)` is in `w_g`, the layer scale in `out_proj`.
+
+    What cannot be folded: the biases of queries and keys and the norms of tokens, which are not linear; `G`, which
+    depends on the image.
+
+    Args:
+        attention: the module to fold.
+        layer_scale: factor on each channel of its result, of any shape with `dim` entries.
+
+    Numerics: weights are multiplied in fp64 and rounded once to the module's dtype; the rest as in
+    `EfficientAdditiveAttention`.
+    """
+
+    w_g: Tensor
+
+    def __init__(self, attention: EfficientAdditiveAttention, layer_scale: Tensor) -> None:
+        super().__init__()
+        dim = self.dim = attention.dim
+        place: dict[str, Any] = {"device": attention.w_g.device, "dtype": attention.w_g.dtype}
+        self.qk_proj = nn.Conv2d(dim, 2 * dim, kernel_size=1, **place)
+        self.out_proj = nn.Conv2d(2 * dim, dim, kernel_size=1, **place)
+        self.register_buffer("w_g", torch.empty(dim, 1, **place))
+
+        scale = exact(layer_scale).flatten()
+        final, proj = exact(attention.final.weight) * scale[:, None], exact(attention.Proj.weight)
+        sources = (attention.to_query, attention.to_key)
+        with torch.no_grad():
+            self.w_g.copy_(exact(attention.w_g) * attention.scale)
+            self.qk_proj.weight.copy_(torch.cat([exact(layer.weight) for layer in sources])[:, :, None, None])
+            self.qk_proj.bias.copy_(torch.cat([exact(layer.bias) for layer in sources]))
+            self.out_proj.weight.copy_(torch.cat([final, final @ proj], dim=1)[:, :, None, None])
+            self.out_proj.bias.copy_(exact(attention.final.bias) * scale + final @ exact(attention.Proj.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the positions of each map.
+
+        Args:
+            x: `[B, dim, height, width]`.
+
+        Returns:
+            `[B, dim, height, width]`, times the layer scale.
+        """
+        query, key = (_unit_length(half, dim=1) for half in self.qk_proj(x).chunk(2, dim=1))
+        tokens = query.flatten(2)  # [B, D, N]
+        weights = _unit_length(tokens.mT @ self.w_g, dim=1)  # [B, N, 1]
+        global_query = (tokens @ weights).unsqueeze(-1)  # [B, D, 1, 1]
+        return self.out_proj(torch.cat([query, global_query * key], dim=1))
 
 
 def _unit_length(x: Tensor, dim: int) -> Tensor:

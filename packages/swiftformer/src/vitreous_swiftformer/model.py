@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitreous_core.backbone import check_evaluating, check_trainable, stage_indices
-from vitreous_core.fold import fold_conv_norm, fold_norm_conv, fold_norm_linear
+from vitreous_core.backbone import stage_indices
+from vitreous_core.deploy import check_evaluating, check_trainable, seal
+from vitreous_core.fold import (
+    fold_conv_norm,
+    fold_conv_norm_conv,
+    fold_gain,
+    fold_mean,
+    fold_norm_conv,
+    fold_norm_linear,
+)
 from vitreous_core.recompute import recompute
 
-from .attention import EfficientAdditiveAttention
+from .attention import EfficientAdditiveAttention, FoldedAdditiveAttention
 
 
 class SwiftFormer(nn.Module):
@@ -139,13 +147,21 @@ class SwiftFormer(nn.Module):
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Fold the batch norms and layer scales into their neighbours, in place, for inference only.
+        """Fold for inference, in place; a second call changes nothing.
 
-        The norms of the outputs stay: what they follow is a sum, not a linear map. `SwiftFormerHead` can take
-        over the last one. State dicts lose the folded entries, so load weights before. A second call changes
-        nothing.
+        * Batch norms go into the convolution before them, or after them where that is the only one (`fc1`); layer
+          scales into the linear map before them.
+        * The shift between a depthwise convolution and `pwconv1` goes on into the latter's bias.
+        * Attention takes its folded form (`FoldedAdditiveAttention`): two 1x1 convolutions instead of four linear maps,
+          on maps instead of tokens.
 
-        Numerics: computed in fp64 and rounded once to the model's dtype; device and dtype stay.
+        What stays: the norms of the outputs, because what they follow is a sum, not a linear map (`SwiftFormerHead`
+        can take over the last one); the residuals, whose branches are not linear.
+
+        State dicts change their names and shapes, so load weights before. Afterwards only the state of another
+        deployed model loads. Memory format, device and dtype stay.
+
+        Numerics: computed in fp64 and rounded once to the model's dtype.
 
         Raises:
             RuntimeError: in training mode, where batch norms are no fixed maps.
@@ -154,11 +170,11 @@ class SwiftFormer(nn.Module):
             return
         check_evaluating(self)
         _fold_pairs(self.patch_embed)
-        for module in self.network.modules():
+        for module in list(self.network.modules()):
             if isinstance(module, ConvEncoder | SwiftFormerEncoder | Mlp | Downsample):
                 module.fold()
         self.deploy = True
-        self.eval().requires_grad_(False)
+        seal(self)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning rates: stem 0, each block one, everything else last.
@@ -265,13 +281,12 @@ class SwiftFormerHead(nn.Module):
         if not self.deploy:
             check_evaluating(self)
             if self.dist_head is not None:
-                for mine, other in zip(self.head.parameters(), self.dist_head.parameters(), strict=True):
-                    mine.copy_((mine.double() + other.double()) / 2)
+                self.head = fold_mean(self.head, self.dist_head)
             self.dist_head = None
             self.deploy = True
+            seal(self)
         if backbone is not None:
             self._absorb_last_norm(backbone)
-        self.eval().requires_grad_(False)
 
     def _check_fits(self, backbone: SwiftFormer) -> None:
         channels = backbone.channels[backbone.out_indices[-1]]
@@ -285,7 +300,7 @@ class SwiftFormerHead(nn.Module):
         name = backbone._norm_name(backbone.out_indices[-1])
         norm = getattr(backbone, name)
         if isinstance(norm, _BatchNorm):
-            self.head = fold_norm_linear(norm, self.head)
+            self.head = fold_norm_linear(norm, self.head).requires_grad_(False).eval()
             setattr(backbone, name, nn.Identity().eval())
 
 
@@ -310,9 +325,10 @@ class ConvEncoder(nn.Module):
         return _add_branch(self, x, branch, self.layer_scale)
 
     def fold(self) -> None:
-        """Norm into the depthwise convolution before it, layer scale into `pwconv2`."""
-        self.dwconv, self.norm = fold_conv_norm(self.dwconv, self.norm), nn.Identity()
-        _scale_outputs(self.pwconv2, self.layer_scale)
+        """Norm into the convolutions around it, layer scale into `pwconv2`."""
+        self.dwconv, self.pwconv1 = fold_conv_norm_conv(self.dwconv, self.norm, self.pwconv1)
+        self.norm = nn.Identity()
+        self.pwconv2 = fold_gain(self.pwconv2, self.layer_scale)
         self.layer_scale = None
 
 
@@ -325,19 +341,24 @@ class SwiftFormerEncoder(nn.Module):
         self.layer_scale_1: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.layer_scale_2: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.local_representation = ConvEncoder(channels, channels, drop_path)
-        self.attn = EfficientAdditiveAttention(channels)
+        self.attn: EfficientAdditiveAttention | FoldedAdditiveAttention = EfficientAdditiveAttention(channels)
         self.linear = Mlp(channels, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.local_representation(x)
-        mixed = self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
-        x = _add_branch(self, x, mixed, self.layer_scale_1)
+        x = _add_branch(self, x, self._mix(x), self.layer_scale_1)
         return _add_branch(self, x, self.linear(x), self.layer_scale_2)
 
+    def _mix(self, x: Tensor) -> Tensor:
+        if isinstance(self.attn, FoldedAdditiveAttention):
+            return self.attn(x)
+        return self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
     def fold(self) -> None:
-        """Layer scales into the last linear maps of the attention and of the MLP."""
-        _scale_outputs(self.attn.final, self.layer_scale_1)
-        _scale_outputs(self.linear.fc2, self.layer_scale_2)
+        """Attention in its folded form; layer scales into the last maps of the attention and of the MLP."""
+        assert isinstance(self.attn, EfficientAdditiveAttention)
+        self.attn = self.attn.folded(self.layer_scale_1)
+        self.linear.fc2 = fold_gain(self.linear.fc2, self.layer_scale_2)
         self.layer_scale_1 = self.layer_scale_2 = None
 
 
@@ -414,12 +435,6 @@ def _fold_pairs(layers: nn.Sequential) -> None:
     for index, norm in enumerate(layers):
         if isinstance(norm, _BatchNorm):
             layers[index - 1], layers[index] = fold_conv_norm(layers[index - 1], norm), nn.Identity()
-
-
-def _scale_outputs(layer: nn.Conv2d | nn.Linear, scale: Tensor) -> None:
-    rows = scale.double().flatten()
-    layer.weight.copy_(layer.weight.double() * rows.reshape(-1, *(1,) * (layer.weight.ndim - 1)))
-    layer.bias.copy_(layer.bias.double() * rows)
 
 
 def _rename_last_norm(module: SwiftFormer, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
