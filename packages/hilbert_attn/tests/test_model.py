@@ -152,10 +152,11 @@ def test_stochastic_depth_grows_to_its_rate_and_keeps_the_mean() -> None:
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     torch.manual_seed(0)
     branch = torch.ones(4000, 2, 1)
-    dropped = model.train().stages[-1].blocks[-1].drop_path(branch)
+    dropped = model.train().stages[-1].blocks[-1].drop_path(torch.zeros_like(branch), branch)
     assert {round(v, 4) for v in dropped.unique().tolist()} == {0.0, round(1 / 0.6, 4)}
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    torch.testing.assert_close(model.eval().stages[-1].blocks[-1].drop_path(branch), branch, rtol=0, atol=0)
+    kept = model.eval().stages[-1].blocks[-1].drop_path(branch, branch)
+    torch.testing.assert_close(kept, 2 * branch, rtol=0, atol=0)
 
 
 # --- training conventions

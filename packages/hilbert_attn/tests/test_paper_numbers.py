@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vitreous_hilbert_attn
 from vitreous_hilbert_attn import HilbertNeighborhoodTransformer, HilbertWindowTransformer
-from vitreous_hilbert_attn.attention import _CurveAttention
+from vitreous_hilbert_attn.attention import CurveAttention
 
 MIM = Path(vitreous_hilbert_attn.__file__).parent / ".mim"
 HWT, HNT = HilbertWindowTransformer, HilbertNeighborhoodTransformer
@@ -34,7 +34,7 @@ def count(model: nn.Module, side: int, classes: int = 1000, as_swin_counts: bool
             macs += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.LayerNorm):
             macs += output.numel() * as_swin_counts
-        elif isinstance(module, _CurveAttention):
+        elif isinstance(module, CurveAttention):
             tokens, (height, width) = args
             pattern = module.pattern(height, width)
             start, stop = pattern.bounds(height * width)

@@ -7,11 +7,14 @@ the curve, token `i` sees `j`
 * `HilbertSlideAttention`: iff `|i - j| <= K // 2`, `K` odd (HSA);
 * `HilbertNeighborhoodAttention`: iff `j` is among the `K` tokens from `clamp(i - K // 2, 0, L - K)` on (HNA).
 
-Backends: `"torch"` runs `sequence_attention`, exact and proportional to the visible pairs, on any device and in any
-precision. `"flex"` and `"triton"` run `vitreous_core.ops.block_sparse_attention` and raise `BackendUnsupported` where
-they cannot. `"auto"` is `"triton"` on a GPU where that takes the problem and `"torch"` otherwise.
+`attention_2d` holds the modules that attend to squares of the image itself, on the same curves.
 
-Size-dependent tables come from the caches of `vitreous_core.indexing`, so sizes may change from call to call.
+Backends: `"torch"` runs `sequence_attention` (or `image_attention`), exact and roughly proportional to the visible
+pairs, on any device and in any precision. `"flex"` and `"triton"` run
+`vitreous_core.ops.block_sparse_attention` and raise `BackendUnsupported` where they cannot. `"auto"` is `"triton"` on
+a GPU where that takes the problem and `"torch"` otherwise.
+
+Size-dependent tables are kept per size and device, so sizes may change from call to call.
 """
 
 from __future__ import annotations
@@ -34,20 +37,25 @@ from vitreous_core.ops.block_sparse_attention import (
 from vitreous_core.patterns import Neighborhood1d, Pattern, Slide1d, Window1d
 
 from . import sequence_attention
+from .reorder import Curve, OrderName
 from .sequence_attention import TokenBias
 
-OrderName = Literal["hilbert", "row_major", "morton", "window", "tile"]
 Backend = Literal["auto", "torch", "flex", "triton"]
 BACKENDS = ("auto", "torch", "flex", "triton")
 
 
-class _CurveAttention(nn.Module, ABC):
-    """Projections, token order and backend; a subclass says who sees whom and with which bias."""
+class CurveAttention(nn.Module, ABC):
+    """Projections, curve and backend; a subclass says who sees whom and with which bias.
 
-    def __init__(
-        self, dim: int, num_heads: int, order: OrderName, order_tile: int | tuple[int, int] | None, qkv_bias: bool,
-        backend: Backend,
-    ) -> None:  # fmt: skip
+    Args:
+        dim: channels `C`.
+        num_heads: heads `H`, a divisor of `dim`.
+        curve: the token order.
+        qkv_bias: whether queries, keys and values have a bias.
+        backend: see the module's text.
+    """
+
+    def __init__(self, dim: int, num_heads: int, curve: Curve, qkv_bias: bool, backend: Backend) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim {dim}; got {num_heads}")
@@ -56,87 +64,96 @@ class _CurveAttention(nn.Module, ABC):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
-        self.order = order
-        self.order_tile = order_tile
+        self.curve = curve
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def order_tables(self, height: int, width: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Gather indices int64 `[L]` from image to curve order, and back."""
-        return indexing.order_tables(self.order, height, width, device, self._tile(height, width))
+        return self.curve.tables(height, width, device)
 
-    def forward(self, tokens: Tensor, size: tuple[int, int], *, on_curve: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, size: tuple[int, int] | None = None, *, on_curve: bool = False) -> Tensor:
         """Attend.
 
         Args:
-            tokens: `[B, height * width, C]`.
+            tokens: `[B, height * width, C]`; or a channels-last map `[B, height, width, C]` without a `size`.
             size: `(height, width)` of the image that the tokens cover.
             on_curve: False: tokens come and go in row-major image order, and the module reorders them. True: they
-                come and go in curve order, as `permute_tokens(tokens, *module.order_tables(height, width, device))`
-                makes them, which saves two copies per module where several follow each other.
+                come and go in curve order, as `module.curve.put_on(tokens, height, width)` makes them, which saves
+                two copies per module where several follow each other.
 
         Returns:
-            `[B, height * width, C]`, in the order of the input.
+            The shape of `tokens`, in their order.
 
         Raises:
-            ValueError: when the tokens are not as many as the size says.
+            ValueError: when the tokens are not as many as the size says, or have no size.
             BackendUnsupported: when a named backend cannot run this problem.
         """
-        height, width = size
-        length = int(tokens.shape[1])
-        if length != height * width:
+        if size is not None:
+            return self._on_tokens(tokens, size, on_curve)
+        if tokens.ndim != 4 or on_curve:
             raise ValueError(
-                f"tokens must be height * width = {height} * {width} = {height * width} per image; got {length}"
+                "size must be the (height, width) of the tokens, unless these are a map [B, height, width, C] in image "
+                f"order; got None for a shape of {tuple(tokens.shape)}"
             )
-        order, position = self.order_tables(height, width, tokens.device)
-        if not on_curve:
-            tokens = permute_tokens(tokens, order, position)
-        qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = self._mix(query, key, value, height, width, order)
-        out = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out if on_curve else permute_tokens(out, position, order)
+        size = (int(tokens.shape[1]), int(tokens.shape[2]))
+        return self._on_tokens(tokens.flatten(1, 2), size, on_curve).unflatten(1, size)
 
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, height: int, width: int, order: Tensor) -> Tensor:
+    def _on_tokens(self, tokens: Tensor, size: tuple[int, int], on_curve: bool) -> Tensor:
+        height, width = size
+        if int(tokens.shape[1]) != height * width:
+            raise ValueError(
+                f"tokens must be height * width = {height} * {width} = {height * width} per image; "
+                f"got {int(tokens.shape[1])}"
+            )
+        if not on_curve:
+            tokens = self.curve.put_on(tokens, height, width)
+        # Unbound along this axis, the three gradients come back as one stack and need no other copy.
+        heads = self.qkv(tokens).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in heads)
+        mixed = self._mix(query, key, value, height, width)
+        out = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out if on_curve else self.curve.take_off(out, height, width)
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, height: int, width: int) -> Tensor:
         """Attention of heads `[B, H, L, D]` in curve order by the backend."""
-        pattern, bias = self.pattern(height, width), self._bias(height, width, order)
+        pattern, bias = self.pattern(height, width), self._bias(height, width, query.device)
         if self.backend == "torch" or (self.backend == "auto" and not query.is_cuda):
-            return self._attend(query, key, value, pattern, bias)
-        tile = self._tile(height, width)
-        layout = indexing.layout_for(pattern, self.order, height, width, query.device, tile=tile)
+            return self._attend(query, key, value, pattern, bias, height, width)
+        tile = self.curve.tile_on(height, width)
+        layout = indexing.layout_for(pattern, self.curve.order, height, width, query.device, tile=tile)
         backend = self.backend
         if backend == "auto":
             trained = torch.is_grad_enabled() and query.requires_grad
             if choose_backend(query, layout, trained) != "triton":
-                return self._attend(query, key, value, pattern, bias)
+                return self._attend(query, key, value, pattern, bias, height, width)
             backend = "triton"
         return block_sparse_attention(query, key, value, layout, bias=bias, scale=self.scale, backend=backend)
 
     @abstractmethod
     def pattern(self, height: int, width: int) -> Pattern:
-        """Who sees whom on a map of this size, in curve order."""
+        """Who sees whom on a map of this size."""
 
     @abstractmethod
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, pattern: Any, bias: Any) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Any, bias: Any, height: int, width: int
+    ) -> Tensor:
         """The torch backend."""
 
     @abstractmethod
-    def _bias(self, height: int, width: int, order: Tensor) -> Bias | None:
+    def _bias(self, height: int, width: int, device: torch.device) -> Bias | None:
         """The bias on a map of this size."""
 
-    def _tile(self, height: int, width: int) -> int | tuple[int, int] | None:
-        return self.order_tile
-
-    def _check_order(self) -> None:
-        """Refuse an unknown order at construction rather than in the first call."""
-        indexing.build_order(self.order, 1, 1, self._tile(1, 1))
+    def _image_order(self, height: int, width: int, device: torch.device) -> Tensor | None:
+        """The cell of every token, as `RelativeBias2d` takes it."""
+        return None if self.curve.order == "row_major" else self.curve.tables(height, width, device)[0]
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, order={self.order!r}, backend={self.backend!r}"
+        return f"num_heads={self.num_heads}, order={self.curve.order!r}, backend={self.backend!r}"
 
 
-class HilbertWindowAttention(_CurveAttention):
+class HilbertWindowAttention(CurveAttention):
     """Windows of consecutive tokens on a curve, plain (HWA) or shifted (HSWA).
 
     Windows hold `A = window_size^2` tokens; the first and the last are cut where they do not fit, and no padding is
@@ -185,7 +202,9 @@ class HilbertWindowAttention(_CurveAttention):
         order_tile: int | tuple[int, int] | None = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, order, order_tile, qkv_bias, backend)
+        if order == "window" and order_tile is None:
+            order_tile = window_size
+        super().__init__(dim, num_heads, Curve(order, order_tile), qkv_bias, backend)
         # By the smaller side of the map, up to the first that the window fits into with a shift. Made here because
         # torch.compile cannot take a pattern for a constant that the traced call itself has made.
         shrunk = [Window1d(side * side) for side in range(1, _positive("window_size", window_size) + 1)]
@@ -193,7 +212,6 @@ class HilbertWindowAttention(_CurveAttention):
         self.window_size = window_size
         self.shift = shift
         self.map_size = map_size
-        self._check_order()
         if not relative_bias:
             self.register_parameter("relative_position_bias_table", None)
             return
@@ -211,31 +229,26 @@ class HilbertWindowAttention(_CurveAttention):
         return self._patterns[min(height, width, self.window_size + 1) - 1]
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Window1d, bias: RelativeBias2d | None
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Window1d, bias: RelativeBias2d | None, *_: int
     ) -> Tensor:
         return sequence_attention.window_attention(
             query, key, value, pattern.size, pattern.shift, scale=self.scale,
             bias=None if bias is None else image_bias(bias),
         )  # fmt: skip
 
-    def _bias(self, height: int, width: int, order: Tensor) -> RelativeBias2d | None:
+    def _bias(self, height: int, width: int, device: torch.device) -> RelativeBias2d | None:
         table = self.relative_position_bias_table
         if table is None:
             return None
         if (height, width) != self.map_size:
             table = resize_bias_table(table, self.map_size, (height, width))
-        return RelativeBias2d(table, height, width, order)
-
-    def _tile(self, height: int, width: int) -> int | tuple[int, int] | None:
-        if self.order == "window" and self.order_tile is None:
-            return min(self.window_size, height, width)
-        return self.order_tile
+        return RelativeBias2d(table, height, width, self._image_order(height, width, device))
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, shift={self.shift}, {super().extra_repr()}"
 
 
-class _BandAttention(_CurveAttention):
+class _BandAttention(CurveAttention):
     """A band of constant shape along the curve, with a bias by distance on the curve."""
 
     def __init__(
@@ -243,8 +256,7 @@ class _BandAttention(_CurveAttention):
         order: OrderName, relative_bias: bool, qkv_bias: bool, order_tile: int | tuple[int, int] | None,
         backend: Backend,
     ) -> None:  # fmt: skip
-        super().__init__(dim, num_heads, order, order_tile, qkv_bias, backend)
-        self._check_order()
+        super().__init__(dim, num_heads, Curve(order, order_tile), qkv_bias, backend)
         self.kernel_size = kernel_size
         self._pattern = pattern
         if relative_bias:
@@ -257,7 +269,7 @@ class _BandAttention(_CurveAttention):
         """The band, the same on every map."""
         return self._pattern
 
-    def _bias(self, height: int, width: int, order: Tensor) -> RelativeBias1d | None:
+    def _bias(self, height: int, width: int, device: torch.device) -> RelativeBias1d | None:
         return None if self.rpb is None else RelativeBias1d(self.rpb)
 
     def extra_repr(self) -> str:
@@ -298,7 +310,7 @@ class HilbertSlideAttention(_BandAttention):
         )
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Slide1d, bias: RelativeBias1d | None
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Slide1d, bias: RelativeBias1d | None, *_: int
     ) -> Tensor:
         tile = None if bias is None else curve_bias(bias)
         return sequence_attention.slide_attention(query, key, value, pattern.kernel, scale=self.scale, bias=tile)
@@ -340,38 +352,10 @@ class HilbertNeighborhoodAttention(_BandAttention):
         )
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Neighborhood1d, bias: RelativeBias1d | None
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Neighborhood1d, bias: RelativeBias1d | None, *_: int
     ) -> Tensor:
         tile = None if bias is None else curve_bias(bias)
         return sequence_attention.neighborhood_attention(query, key, value, pattern.kernel, scale=self.scale, bias=tile)
-
-
-def permute_tokens(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """`tokens[:, order]`, whose gradient is the gather by `inverse` instead of a scatter.
-
-    Args:
-        tokens: `[B, L, ...]`.
-        order: int64 `[L]`, a permutation.
-        inverse: int64 `[L]`, its inverse. With the two swapped, tokens go back.
-    """
-    return _Permutation.apply(tokens, order, inverse)
-
-
-class _Permutation(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return tokens.index_select(1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return permute_tokens(grad, inverse, order), None, None
 
 
 def resize_bias_table(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -404,7 +388,9 @@ def image_bias(bias: RelativeBias2d) -> TokenBias:
     table = _widened(bias.table)
 
     def tile(query: Tensor, key: Tensor) -> Tensor:
-        return F.embedding(code[query] - code[key] + origin, table).movedim(-1, 0)
+        # Offsets beyond the table belong to pairs that nobody sees.
+        index = (code[query] - code[key] + origin).clamp(0, len(table) - 1)
+        return F.embedding(index, table).movedim(-1, 0)
 
     return tile
 

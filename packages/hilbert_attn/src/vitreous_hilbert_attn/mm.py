@@ -7,7 +7,7 @@ from mmpretrain.registry import MODELS
 
 from vitreous_core.mm import BackboneAdapter, register_paper
 
-from .model import HilbertNeighborhoodTransformer, HilbertWindowTransformer
+from .model import HilbertNeighborhoodTransformer, HilbertWindowTransformer, NeighborhoodAttentionTransformer
 
 
 @MODELS.register_module(name="HilbertWindowTransformer")
@@ -18,6 +18,11 @@ class MMHilbertWindowTransformer(BackboneAdapter, HilbertWindowTransformer, Base
 @MODELS.register_module(name="HilbertNeighborhoodTransformer")
 class MMHilbertNeighborhoodTransformer(BackboneAdapter, HilbertNeighborhoodTransformer, BaseBackbone):
     """`HilbertNeighborhoodTransformer` with MMEngine's `init_cfg`."""
+
+
+@MODELS.register_module(name="NeighborhoodAttentionTransformer")
+class MMNeighborhoodAttentionTransformer(BackboneAdapter, NeighborhoodAttentionTransformer, BaseBackbone):
+    """`NeighborhoodAttentionTransformer` with MMEngine's `init_cfg`."""
 
 
 register_paper("hilbert_attn")

@@ -1,30 +1,36 @@
-"""HWT and HNT: the two backbones of "Hilbert-Guided Sparse Local Attention" (Li and Xu, arXiv 2511.05832).
+"""HWT and HNT, the two backbones of "Hilbert-Guided Sparse Local Attention" (Li and Xu, arXiv 2511.05832), and NAT.
 
-HWT is Swin (arXiv 2103.14030) and HNT is NAT (arXiv 2204.07143), with one change each: tokens are put on a
-space-filling curve at the entry of every stage, attend along it, and go back to the image at the stage's end. Maps
-between stages are channels-last `[B, height, width, C]`; every map that leaves a backbone is NCHW.
+HWT is Swin (arXiv 2103.14030) and HNT is NAT (arXiv 2204.07143), with one change each: tokens lie on a space-filling
+curve and attend along it. NAT itself is here too, exact, on the same curves: its neighbourhoods are squares of the
+image whatever the order of the tokens.
+
+The stem puts tokens on the curve of the first stage and each downsampling on that of the next, both of which copy
+tokens anyway, so that no block does; every map that leaves a backbone is NCHW, in image order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
 
-from .attention import Backend, HilbertNeighborhoodAttention, HilbertWindowAttention, OrderName, permute_tokens
+from .attention import Backend, CurveAttention, HilbertNeighborhoodAttention, HilbertWindowAttention
+from .attention_2d import NeighborhoodAttention2d
+from .reorder import Curve, OrderName
 
 Size = tuple[int, int]
 
 
 class _HierarchicalBackbone(nn.Module):
-    """What both backbones share: a stem, stages, one norm per output, and MMPretrain's conventions.
+    """What the backbones share: a stem, stages, one norm per output, and MMPretrain's conventions.
 
     A subclass sets `stages_name` and the modules `patch_embed` and `stages_name`.
     """
@@ -54,15 +60,17 @@ class _HierarchicalBackbone(nn.Module):
         Returns:
             One contiguous map `[B, C_i, height_i, width_i]` per out index, normalised.
         """
-        maps, outputs = self.patch_embed(images), []
+        curves = [stage.curve for stage in self.stages]
+        tokens, size = self.patch_embed(images, curves[0])
+        outputs = []
         for index, stage in enumerate(self.stages):
-            maps = stage(maps)
+            tokens = stage(tokens, size)
             if index in self.out_indices:
-                outputs.append(getattr(self, f"norm{index}")(maps).permute(0, 3, 1, 2).contiguous())
+                normed = curves[index].take_off(getattr(self, f"norm{index}")(tokens), *size)
+                outputs.append(normed.mT.contiguous().unflatten(2, size))
             if index == self.out_indices[-1]:
                 break
-            if stage.downsample is not None:
-                maps = stage.downsample(maps)
+            tokens, size = stage.downsample(tokens, size, curves[index], curves[index + 1])
         return tuple(outputs)
 
     def train(self, mode: bool = True) -> _HierarchicalBackbone:
@@ -183,13 +191,17 @@ class HilbertWindowTransformer(_HierarchicalBackbone):
         rates = _drop_path_rates(drop_path_rate, depths)
         for index, depth in enumerate(depths):
             blocks = [
-                HilbertWindowBlock(
-                    channels[index], heads[index], window_size, shift=block % 2 * (window_size**2 // 2),
-                    mlp_ratio=settings["mlp_ratio"], drop_path=rates[index][block], order=order,
-                    map_size=map_size if relative_bias else None, qkv_bias=qkv_bias, backend=backend,
+                CurveBlock(
+                    HilbertWindowAttention(
+                        channels[index], heads[index], window_size, block % 2 * (window_size**2 // 2), order=order,
+                        relative_bias=relative_bias, map_size=map_size, qkv_bias=qkv_bias, backend=backend,
+                    ),
+                    channels[index], mlp_ratio=settings["mlp_ratio"], drop_path=rates[index][block],
                 )
                 for block in range(depth)
             ]  # fmt: skip
+            for block in blocks:
+                block.register_load_state_dict_pre_hook(_drop_mask_buffer)
             last = index == len(depths) - 1
             downsample = None if last else PatchMerging(channels[index], channels[index + 1])
             self.layers.append(CurveStage(blocks, downsample, with_cp))
@@ -198,7 +210,61 @@ class HilbertWindowTransformer(_HierarchicalBackbone):
         self._finish()
 
 
-class HilbertNeighborhoodTransformer(_HierarchicalBackbone):
+class _NeighborhoodBackbone(_HierarchicalBackbone):
+    """NAT's architecture; a subclass says which attention each block has."""
+
+    stages_name = "levels"
+    arch_settings: ClassVar = {
+        "mini": {"embed_dims": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16)},
+        "tiny": {"embed_dims": 64, "depths": (3, 4, 18, 5), "num_heads": (2, 4, 8, 16)},
+        "small": {
+            "embed_dims": 96, "depths": (3, 4, 18, 5), "num_heads": (3, 6, 12, 24), "mlp_ratio": 2.0,
+            "layer_scale": 1e-5,
+        },
+        "base": {
+            "embed_dims": 128, "depths": (3, 4, 18, 5), "num_heads": (4, 8, 16, 32), "mlp_ratio": 2.0,
+            "layer_scale": 1e-5,
+        },
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        attention: Callable[[int, int, int, int], CurveAttention],
+        arch: str | Mapping[str, Any],
+        in_channels: int,
+        depths: Sequence[int] | None,
+        drop_path_rate: float,
+        out_indices: int | Sequence[int],
+        frozen_stages: int,
+        norm_eval: bool,
+        with_cp: bool,
+    ) -> None:
+        """`attention(level, block, channels, heads)` makes the attention of a block."""
+        settings = _arch(arch, self.arch_settings, depths, optional=("mlp_ratio", "layer_scale"))
+        settings = {"mlp_ratio": 3.0, "layer_scale": None, **settings}
+        depths, heads = settings["depths"], settings["num_heads"]
+        super().__init__(out_indices, frozen_stages, norm_eval, len(depths))
+        channels = [settings["embed_dims"] * 2**index for index in range(len(depths))]
+
+        self.patch_embed = ConvTokenizer(in_channels, channels[0])
+        self.levels = nn.ModuleList()
+        rates = _drop_path_rates(drop_path_rate, depths)
+        for index, depth in enumerate(depths):
+            blocks = [
+                CurveBlock(
+                    attention(index, block, channels[index], heads[index]), channels[index],
+                    mlp_ratio=settings["mlp_ratio"], drop_path=rates[index][block], layer_scale=settings["layer_scale"],
+                )
+                for block in range(depth)
+            ]  # fmt: skip
+            last = index == len(depths) - 1
+            downsample = None if last else ConvDownsampler(channels[index], channels[index + 1])
+            self.levels.append(CurveStage(blocks, downsample, with_cp))
+        self._add_norms(channels)
+        self._finish()
+
+
+class HilbertNeighborhoodTransformer(_NeighborhoodBackbone):
     """HNT: a NAT whose neighbourhoods are the `kernel_size` nearest tokens along a curve.
 
     A level with fewer tokens than `kernel_size` attends to all of them.
@@ -219,20 +285,6 @@ class HilbertNeighborhoodTransformer(_HierarchicalBackbone):
             `HilbertWindowTransformer`.
     """
 
-    stages_name = "levels"
-    arch_settings: ClassVar = {
-        "mini": {"embed_dims": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16)},
-        "tiny": {"embed_dims": 64, "depths": (3, 4, 18, 5), "num_heads": (2, 4, 8, 16)},
-        "small": {
-            "embed_dims": 96, "depths": (3, 4, 18, 5), "num_heads": (3, 6, 12, 24), "mlp_ratio": 2.0,
-            "layer_scale": 1e-5,
-        },
-        "base": {
-            "embed_dims": 128, "depths": (3, 4, 18, 5), "num_heads": (4, 8, 16, 32), "mlp_ratio": 2.0,
-            "layer_scale": 1e-5,
-        },
-    }  # fmt: skip
-
     def __init__(
         self,
         arch: str | Mapping[str, Any] = "mini",
@@ -249,96 +301,105 @@ class HilbertNeighborhoodTransformer(_HierarchicalBackbone):
         with_cp: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        settings = _arch(arch, self.arch_settings, depths, optional=("mlp_ratio", "layer_scale"))
-        settings = {"mlp_ratio": 3.0, "layer_scale": None, **settings}
-        depths, heads = settings["depths"], settings["num_heads"]
-        super().__init__(out_indices, frozen_stages, norm_eval, len(depths))
-        channels = [settings["embed_dims"] * 2**index for index in range(len(depths))]
+        def attention(level: int, block: int, channels: int, heads: int) -> HilbertNeighborhoodAttention:
+            return HilbertNeighborhoodAttention(
+                channels, heads, kernel_size, order=order, relative_bias=relative_bias, qkv_bias=qkv_bias,
+                backend=backend,
+            )  # fmt: skip
 
-        self.patch_embed = ConvTokenizer(in_channels, channels[0])
-        self.levels = nn.ModuleList()
-        rates = _drop_path_rates(drop_path_rate, depths)
-        for index, depth in enumerate(depths):
-            blocks = [
-                HilbertNeighborhoodBlock(
-                    channels[index], heads[index], kernel_size, mlp_ratio=settings["mlp_ratio"],
-                    layer_scale=settings["layer_scale"], drop_path=rates[index][block], order=order,
-                    relative_bias=relative_bias, qkv_bias=qkv_bias, backend=backend,
-                )
-                for block in range(depth)
-            ]  # fmt: skip
-            last = index == len(depths) - 1
-            downsample = None if last else ConvDownsampler(channels[index], channels[index + 1])
-            self.levels.append(CurveStage(blocks, downsample, with_cp))
-        self._add_norms(channels)
-        self._finish()
+        super().__init__(
+            attention, arch, in_channels, depths, drop_path_rate, out_indices, frozen_stages, norm_eval, with_cp
+        )
 
 
-class CurveStage(nn.Module):
-    """Blocks that work on tokens in curve order, between a map on the way in and a map on the way out.
+class NeighborhoodAttentionTransformer(_NeighborhoodBackbone):
+    """NAT, and with `dilations` DiNAT: every pixel sees the `kernel_size` x `kernel_size` pixels nearest to it.
 
-    `downsample` belongs to the stage in the state dict, but the backbone calls it, after the stage's output.
+    Exact on every curve, so weights of the official models give the official results; see
+    `vitreous_hilbert_attn.convert`. A level shorter than the kernel attends to all of its cells along that axis.
+
+    Paper: arXiv 2204.07143 (NAT), 2209.15001 (DiNAT, whose mini to base have dilations 8, 4, 2, 1). This is the
+    two-dimensional model that HNT is compared with.
+
+    Args:
+        arch, in_channels, depths: as in `HilbertNeighborhoodTransformer`.
+        kernel_size: side of the neighbourhood, or (rows, columns).
+        dilations: for each level, the step between visible cells in its odd blocks; even blocks have 1. None: 1.
+        order: the curve that tokens lie on. It does not change the result.
+        relative_bias: whether blocks have a relative position bias `rpb` `[H, 2 * K - 1, 2 * K - 1]`.
+        qkv_bias, drop_path_rate, out_indices, frozen_stages, norm_eval, with_cp, backend: as in
+            `HilbertWindowTransformer`.
     """
 
     def __init__(
         self,
-        blocks: Sequence[HilbertWindowBlock | HilbertNeighborhoodBlock],
-        downsample: nn.Module | None,
-        with_cp: bool,
+        arch: str | Mapping[str, Any] = "mini",
+        in_channels: int = 3,
+        kernel_size: int | Sequence[int] = 7,
+        dilations: Sequence[int] | None = None,
+        depths: Sequence[int] | None = None,
+        order: OrderName = "hilbert",
+        relative_bias: bool = True,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.2,
+        out_indices: int | Sequence[int] = -1,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        backend: Backend = "auto",
     ) -> None:
+        kernel = _pair("kernel_size", kernel_size)
+        levels = len(_arch(arch, self.arch_settings, depths, optional=("mlp_ratio", "layer_scale"))["depths"])
+        steps = (1,) * levels if dilations is None else tuple(dilations)
+        if len(steps) != levels:
+            raise ValueError(f"dilations must have one entry for each of the {levels} levels; got {steps}")
+
+        def attention(level: int, block: int, channels: int, heads: int) -> NeighborhoodAttention2d:
+            return NeighborhoodAttention2d(
+                channels, heads, kernel, steps[level] if block % 2 else 1, order=order, relative_bias=relative_bias,
+                qkv_bias=qkv_bias, backend=backend,
+            )  # fmt: skip
+
+        super().__init__(
+            attention, arch, in_channels, depths, drop_path_rate, out_indices, frozen_stages, norm_eval, with_cp
+        )
+
+
+class CurveStage(nn.Module):
+    """Blocks that work on tokens on one curve.
+
+    `downsample` belongs to the stage in the state dict, but the backbone calls it, after the stage's output.
+    """
+
+    def __init__(self, blocks: Sequence[CurveBlock], downsample: nn.Module | None, with_cp: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
         self.with_cp = with_cp
 
-    def forward(self, maps: Tensor) -> Tensor:
-        size = (int(maps.shape[1]), int(maps.shape[2]))  # torch.jit.trace would make tensors of them
-        order, position = self.blocks[0].attn.order_tables(*size, maps.device)
-        tokens = permute_tokens(maps.flatten(1, 2), order, position)
+    @property
+    def curve(self) -> Curve:
+        """The curve that the stage's tokens lie on."""
+        return self.blocks[0].attn.curve
+
+    def forward(self, tokens: Tensor, size: Size) -> Tensor:
         for block in self.blocks:
             if self.with_cp and tokens.requires_grad:
                 tokens = checkpoint(block, tokens, size, use_reentrant=False)
             else:
                 tokens = block(tokens, size)
-        return permute_tokens(tokens, position, order).unflatten(1, size)
+        return tokens
 
 
-class HilbertWindowBlock(nn.Module):
-    """Pre-norm transformer block of HWT on tokens in curve order."""
-
-    def __init__(
-        self, dim: int, num_heads: int, window_size: int, *, shift: int, mlp_ratio: float, drop_path: float,
-        order: OrderName, map_size: Size | None, qkv_bias: bool, backend: Backend,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = HilbertWindowAttention(
-            dim, num_heads, window_size, shift, order=order, relative_bias=map_size is not None,
-            map_size=map_size, qkv_bias=qkv_bias, backend=backend,
-        )  # fmt: skip
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-        self.register_load_state_dict_pre_hook(_drop_mask_buffer)
-
-    def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), size, on_curve=True))
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
-
-
-class HilbertNeighborhoodBlock(nn.Module):
-    """Pre-norm transformer block of HNT on tokens in curve order, with optional layer scales."""
+class CurveBlock(nn.Module):
+    """Pre-norm transformer block on tokens on a curve, with optional layer scales."""
 
     def __init__(
-        self, dim: int, num_heads: int, kernel_size: int, *, mlp_ratio: float, layer_scale: float | None,
-        drop_path: float, order: OrderName, relative_bias: bool, qkv_bias: bool, backend: Backend,
-    ) -> None:  # fmt: skip
+        self, attn: CurveAttention, dim: int, *, mlp_ratio: float, drop_path: float, layer_scale: float | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = HilbertNeighborhoodAttention(
-            dim, num_heads, kernel_size, order=order, relative_bias=relative_bias, qkv_bias=qkv_bias,
-            backend=backend,
-        )  # fmt: skip
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
@@ -348,14 +409,14 @@ class HilbertNeighborhoodBlock(nn.Module):
 
     def forward(self, tokens: Tensor, size: Size) -> Tensor:
         branch = self.attn(self.norm1(tokens), size, on_curve=True)
-        tokens = tokens + self.drop_path(branch if self.gamma1 is None else self.gamma1 * branch)
+        tokens = self.drop_path(tokens, branch if self.gamma1 is None else self.gamma1 * branch)
         branch = self.mlp(self.norm2(tokens))
-        return tokens + self.drop_path(branch if self.gamma2 is None else self.gamma2 * branch)
+        return self.drop_path(tokens, branch if self.gamma2 is None else self.gamma2 * branch)
 
 
 class PatchEmbed(nn.Module):
-    """Swin's stem: patches projected by a strided convolution, then a norm. Images are padded with zeros at the
-    bottom and right to whole patches."""
+    """Swin's stem: patches projected by a strided convolution, put on a curve, then a norm. Images are padded with
+    zeros at the bottom and right to whole patches."""
 
     def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -363,10 +424,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, target: Curve) -> tuple[Tensor, Size]:
         height, width = images.shape[2:]
         images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+        tokens, size = _as_tokens(self.proj(_channels_last(images)), target)
+        return self.norm(tokens), size
 
 
 class PatchMerging(nn.Module):
@@ -378,16 +440,13 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        height, width = maps.shape[1:3]
-        maps = F.pad(maps, (0, 0, 0, width % 2, 0, height % 2))
-        # (row, column) offsets in the order of the official weights: down first, then right.
-        cells = [maps[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
-        return self.reduction(self.norm(torch.cat(cells, dim=-1)))
+    def forward(self, tokens: Tensor, size: Size, source: Curve, target: Curve) -> tuple[Tensor, Size]:
+        squares = source.merge(tokens, *size, target)
+        return self.reduction(self.norm(squares)), (-(-size[0] // 2), -(-size[1] // 2))
 
 
 class ConvTokenizer(nn.Module):
-    """NAT's stem: two 3x3 convolutions of stride 2, then a norm."""
+    """NAT's stem: two 3x3 convolutions of stride 2, put on a curve, then a norm."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -397,8 +456,9 @@ class ConvTokenizer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+    def forward(self, images: Tensor, target: Curve) -> tuple[Tensor, Size]:
+        tokens, size = _as_tokens(self.proj(_channels_last(images)), target)
+        return self.norm(tokens), size
 
 
 class ConvDownsampler(nn.Module):
@@ -409,8 +469,10 @@ class ConvDownsampler(nn.Module):
         self.reduction = nn.Conv2d(dim, out_dim, 3, 2, 1, bias=False)
         self.norm = nn.LayerNorm(out_dim)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        return self.norm(self.reduction(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    def forward(self, tokens: Tensor, size: Size, source: Curve, target: Curve) -> tuple[Tensor, Size]:
+        maps = source.take_off(tokens, *size).unflatten(1, size).permute(0, 3, 1, 2)
+        tokens, size = _as_tokens(self.reduction(maps), target)
+        return self.norm(tokens), size
 
 
 class Mlp(nn.Module):
@@ -426,21 +488,55 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, a sample's branch is zero with probability `rate`, and is
-    divided by `1 - rate` otherwise."""
+    """Adds a branch to its shortcut, with stochastic depth (arXiv 1603.09382): in training, a sample's branch is left
+    out with probability `rate`, and divided by `1 - rate` otherwise."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
-            return branch
-        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.rate)
-        return branch * kept / (1 - self.rate)
+            return shortcut + branch
+        kept = torch.empty(len(branch), 1, 1, device=branch.device).bernoulli_(1 - self.rate)
+        return _ScaledSum.apply(shortcut, branch, kept / (1 - self.rate))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
+
+
+class _ScaledSum(torch.autograd.Function):
+    """`shortcut + branch * factor` in the dtype of the shortcut, one pass over memory each way.
+
+    Written as it stands, autocast would first copy the branch to the shortcut's wider dtype, and back in the backward.
+    """
+
+    @staticmethod
+    def forward(shortcut: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+        with torch.autocast(shortcut.device.type, enabled=False):
+            return torch.addcmul(shortcut, branch, factor, out=torch.empty_like(shortcut))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.branch_dtype = inputs[1].dtype
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.branch_dtype)), None
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Convolutions then give channels-last maps, whose tokens lie side by side."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _as_tokens(maps: Tensor, curve: Curve) -> tuple[Tensor, Size]:
+    """`[B, C, height, width]` as tokens `[B, L, C]` on a curve, and the size."""
+    size = (int(maps.shape[2]), int(maps.shape[3]))  # torch.jit.trace would make tensors of them
+    return curve.put_on(maps.flatten(2).mT, *size), size
 
 
 def _arch(
@@ -482,7 +578,7 @@ def _drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[step * (start + block) for block in range(depth)] for start, depth in zip(first, depths, strict=True)]
 
 
-def _pair(name: str, value: int | Size) -> Size:
+def _pair(name: str, value: int | Sequence[int]) -> Size:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"{name} must be a side or (height, width), at least 1; got {value!r}")

@@ -48,7 +48,7 @@ def window_attention(
         q, k, v = (t[:, :, start:stop].unflatten(2, (windows, tokens)) for t in (query, key, value))
         index = torch.arange(start, stop, device=query.device).view(windows, tokens)
         tile = None if bias is None else bias(index[:, :, None], index[:, None, :])
-        parts.append(_attend(q, k.mT, v, scale, tile).flatten(2, 3))
+        parts.append(attend(q, k.mT, v, scale, tile).flatten(2, 3))
         start = stop
     return _join(parts, value)
 
@@ -86,7 +86,7 @@ def neighborhood_attention(
         if q.shape[2] == 0:
             return []
         tile = None if bias is None else bias(index[queries, None], index[None, keys])
-        return [_attend(q, k.mT, v, scale, tile)]
+        return [attend(q, k.mT, v, scale, tile)]
 
     parts = end(slice(0, left), slice(0, kernel))
     parts += _band(query[:, :, left : left + inner], key, value, kernel, 0, length, scale, bias, first=left)
@@ -123,11 +123,11 @@ def _band(
         tile = None
         if bias is not None:
             tile = bias(corner + first + step[:size, None], token.clamp(0, length - 1))
-        parts.append(_attend(q, k, v.mT, scale, tile, visible).flatten(2, 3))
+        parts.append(attend(q, k, v.mT, scale, tile, visible).flatten(2, 3))
     return parts
 
 
-def _attend(
+def attend(
     query: Tensor, key_transposed: Tensor, value: Tensor, scale: float, tile: Tensor | None,
     visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
