@@ -24,52 +24,68 @@ def hilbert_order(height: int, width: int) -> np.ndarray:
     Vectors are kept as the index step of one cell (its sign is the vector's direction) and a length. Two rectangles
     with equal steps and lengths are walked alike, so the second is a copy of the first's stretch of the order with
     the distance of the corners added: most of a large image is copied, in long runs.
+
+    Every further function and every call with a literal argument is compiled by itself, and shifts need none of the
+    checks of a floor division: the cold start is what this body has few calls and no divisions for.
     """
     order = np.empty(height * width, dtype=np.int32)
     stack = np.empty((_STACK, 5), dtype=np.int64)  # corner, along, length, across, breadth
     shapes = np.zeros((_SLOTS, 4), dtype=np.int64)  # along, length, across, breadth; length 0 is a free slot
     finished = np.empty((_SLOTS, 2), dtype=np.int64)  # corner, first position in the order
     remembered = 0
+    stack[0, 0] = 0
     if width >= height:
-        _push(stack, 0, 0, 1, width, width, height)
+        stack[0, 1], stack[0, 2], stack[0, 3], stack[0, 4] = 1, width, width, height
     else:
-        _push(stack, 0, 0, width, height, 1, width)
+        stack[0, 1], stack[0, 2], stack[0, 3], stack[0, 4] = width, height, 1, width
     top = 0
     k = 0
     while top >= 0:
-        corner, along, length, across, breadth = (
-            stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3], stack[top, 4],
-        )  # fmt: skip
+        corner, along, length = stack[top, 0], stack[top, 1], stack[top, 2]
+        across, breadth = stack[top, 3], stack[top, 4]
         top -= 1
+        area = length * breadth
         if breadth == 1 or length == 1:
-            count, step = (length, along) if breadth == 1 else (breadth, across)
-            for i in range(count):
+            step = along if breadth == 1 else across
+            for i in range(area):
                 order[k + i] = corner + i * step
-            k += count
+            k += area
             continue
-        if length * breadth >= _SMALLEST_COPY:
-            slot = _slot(shapes, along, length, across, breadth)
+        if area >= _SMALLEST_COPY:
+            # An open-addressed table: the shape's slot, or the free one where it belongs.
+            slot = (along * 31 + across * 7 + length * 131 + breadth * 8191) & (_SLOTS - 1)
+            while shapes[slot, 1] != 0 and not (
+                shapes[slot, 0] == along
+                and shapes[slot, 1] == length
+                and shapes[slot, 2] == across
+                and shapes[slot, 3] == breadth
+            ):
+                slot = (slot + 1) & (_SLOTS - 1)
             if shapes[slot, 1] != 0:
-                # An enclosing rectangle is larger than this one, so whatever has this shape is finished.
-                area = length * breadth
-                _copy_shifted(order, finished[slot, 1], k, area, np.int32(corner - finished[slot, 0]))
+                # An enclosing rectangle is larger than this one, so whatever has this shape is finished. Slices tell
+                # the compiler that indices need no wrap-around, so the loop becomes vector code.
+                source, shift = finished[slot, 1], np.int32(corner - finished[slot, 0])
+                walked, copied = order[source : source + area], order[k : k + area]
+                for i in range(area):
+                    copied[i] = walked[i] + shift
                 k += area
                 continue
             if remembered < _REMEMBERED:
                 shapes[slot, 0], shapes[slot, 1], shapes[slot, 2], shapes[slot, 3] = along, length, across, breadth
                 finished[slot, 0], finished[slot, 1] = corner, k
                 remembered += 1
-        half_major = _half(length, along)
-        half_minor = _half(breadth, across)
+        # Half of a vector is the floor of half its *signed* length: a negative odd one has the longer first half.
+        half_major = (length + (along < 0)) >> 1
+        half_minor = (breadth + (across < 0)) >> 1
         if 2 * length > 3 * breadth:
-            if half_major % 2 == 1 and length > 2:
+            if half_major & 1 and length > 2:
                 # Lengthening goes along the vector, away from zero, whatever its sign.
                 half_major += 1
             _push(stack, top + 1, corner + half_major * along, along, length - half_major, across, breadth)
             _push(stack, top + 2, corner, along, half_major, across, breadth)
             top += 2
         else:
-            if half_minor % 2 == 1 and breadth > 2:
+            if half_minor & 1 and breadth > 2:
                 half_minor += 1
             last = corner + (length - 1) * along + (half_minor - 1) * across
             _push(stack, top + 1, last, -across, half_minor, -along, length - half_major)
@@ -86,34 +102,6 @@ def _push(stack, top, corner, along, length, across, breadth):  # type: ignore[n
     stack[top, 2] = length
     stack[top, 3] = across
     stack[top, 4] = breadth
-
-
-@njit(cache=True)
-def _copy_shifted(order, source, target, count, shift):  # type: ignore[no-untyped-def]
-    # Slices tell the compiler that indices need no wrap-around, so the loop becomes vector code.
-    walked, copied = order[source : source + count], order[target : target + count]
-    for i in range(count):
-        copied[i] = walked[i] + shift
-
-
-@njit(cache=True)
-def _half(length, step):  # type: ignore[no-untyped-def]
-    """Half of a vector by floor division of the *signed* length: a negative odd vector has the longer first half."""
-    return length // 2 if step > 0 else (length + 1) // 2
-
-
-@njit(cache=True)
-def _slot(shapes, along, length, across, breadth):  # type: ignore[no-untyped-def]
-    """Where a shape is kept in the open-addressed table, or the free slot where it belongs."""
-    slot = (along * 31 + across * 7 + length * 131 + breadth * 8191) & (_SLOTS - 1)
-    while shapes[slot, 1] != 0 and not (
-        shapes[slot, 0] == along
-        and shapes[slot, 1] == length
-        and shapes[slot, 2] == across
-        and shapes[slot, 3] == breadth
-    ):
-        slot = (slot + 1) & (_SLOTS - 1)
-    return slot
 
 
 @njit(cache=True)
