@@ -109,12 +109,23 @@ class CurveAttention(nn.Module, ABC):
             )
         if not on_curve:
             tokens = self.curve.put_on(tokens, height, width)
-        # Unbound along this axis, the three gradients come back as one stack and need no other copy.
-        heads = self.qkv(tokens).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
-        query, key, value = (part.transpose(1, 2) for part in heads)
-        mixed = self._mix(query, key, value, height, width)
-        out = self.proj(mixed.transpose(1, 2).flatten(2))
+        out = self.proj(self.attend(self.qkv(tokens), size))
         return out if on_curve else self.curve.take_off(out, height, width)
+
+    def attend(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+        """What lies between the projections.
+
+        Args:
+            qkv: `[B, height * width, 3 * C]`, queries, keys and values side by side, tokens in curve order.
+            size: `(height, width)`.
+
+        Returns:
+            `[B, height * width, C]`, heads side by side.
+        """
+        # Unbound along this axis, the three gradients come back as one stack and need no other copy.
+        heads = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in heads)
+        return self._mix(query, key, value, *size).transpose(1, 2).flatten(2)
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, height: int, width: int) -> Tensor:
         """Attention of heads `[B, H, L, D]` in curve order by the backend."""

@@ -1,0 +1,329 @@
+"""What `vitreous bench hilbert_attn` measures: the paper's comparisons, aligned, and the parts of a module.
+
+Core's suite holds the marks H1 to H4, at 56 x 56, 64 x 64 and 128 x 128, against FlexAttention. Here are
+
+* `WSA`, `SA`, `NA`: windows, slides and neighbourhoods at the paper's own sizes and up to 256 x 256, each pattern of
+  the curve beside its square namesake in row-major order, in Hilbert order, and for windows in window order: that
+  order has the sparsity of the curve with true square windows, and `sdpa-window-order` is PyTorch's fused attention on
+  it.
+* `parts`: what reordering and projections cost beside the attention.
+* `sides`, `batches`: sweeps over the image side and over the batch.
+
+Inputs are those of the paper's notebook: half precision, 16 images, 128 channels in 2 heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitreous_core.bench.attention import (
+    BOTH,
+    EAGER_WINDOWS,
+    FLEX,
+    FORWARD,
+    UNFOLD,
+    AttentionProblem,
+    attention_provider,
+    flex,
+    ours,
+    relative_error,
+    windowed,
+)
+from vitreous_core.bench.case import Case, Gate, Goal, Prepared, Provider, Work
+from vitreous_core.patterns import Neighborhood1d, Neighborhood2d, Pattern, Slide1d, Slide2d, Window1d, Window2d
+
+from .attention import (
+    Backend,
+    CurveAttention,
+    HilbertNeighborhoodAttention,
+    HilbertSlideAttention,
+    HilbertWindowAttention,
+)
+from .attention_2d import NeighborhoodAttention2d
+
+MODES = (FORWARD, BOTH)
+
+
+def cases() -> Sequence[Case]:
+    """All of them."""
+    return [*window_cases(), *slide_cases(), *neighborhood_cases(), *part_cases(), *side_cases(), *batch_cases()]
+
+
+# Attention alone.
+
+
+@dataclass(frozen=True)
+class _Sweep(AttentionProblem):
+    """The same problem at several values of one fact."""
+
+    axis: str = "side"
+
+    def facts(self) -> Mapping[str, Any]:
+        """For the row."""
+        return {**super().facts(), "axis": self.axis}
+
+
+def window_cases() -> Iterator[Case]:
+    """Windows: true squares by every way there is, and as many tokens on the curve (HWA)."""
+    for side, window in ((56, 7), (64, 8), (96, 16), (128, 16), (256, 16)):
+        squares = AttentionProblem(Window2d(window), side, side, series="WSA")
+        on_curve = AttentionProblem(Window1d(window**2), side, side, "hilbert", series="HWA")
+        providers = [
+            attention_provider("hwa", ours, instead=on_curve),
+            attention_provider("wsa", ours),
+            attention_provider("wsa-window-order", ours, order="window", tile=window),
+            attention_provider("sdpa-window-order", partial(windowed, fused=True), order="window", tile=window),
+            _named("eager-wsa", EAGER_WINDOWS),
+        ]
+        if side == 96:  # the paper's own comparison; core's suite has the other sizes
+            providers += [_named("flex-wsa", FLEX), attention_provider("flex-hwa", flex, instead=on_curve)]
+        goals = tuple(Goal(mode, "speed-up", 4.0, over="eager-wsa") for mode in MODES)
+        yield Case(f"WSA/{window}/{side}", "WSA", squares, tuple(providers), MODES, ours="hwa", goals=goals)
+
+
+def slide_cases() -> Iterator[Case]:
+    """Slides: true squares, by our kernel and by unfolding, and as many tokens on the curve (HSA)."""
+    for side, kernel in ((56, 7), (64, 7), (96, 11), (128, 17), (256, 17)):
+        squares = AttentionProblem(Slide2d(kernel), side, side, series="SA")
+        on_curve = AttentionProblem(Slide1d(kernel**2), side, side, "hilbert", series="HSA")
+        providers = [
+            attention_provider("hsa", ours, instead=on_curve),
+            attention_provider("sa", ours),
+            attention_provider("sa-hilbert-order", ours, order="hilbert"),
+        ]
+        goals = []
+        if side < 128:  # beyond, unfolded keys and values do not fit: core's H3 takes four images there
+            providers.append(_named("unfold", UNFOLD))
+            goals = [Goal(mode, "speed-up", 18.0, over="unfold") for mode in MODES]
+        yield Case(f"SA/{kernel}/{side}", "SA", squares, tuple(providers), MODES, ours="hsa", goals=tuple(goals))
+
+
+def neighborhood_cases() -> Iterator[Case]:
+    """Neighbourhoods: true squares under two orders, and as many tokens on the curve (HNA)."""
+    for side, kernel in ((56, 7), (96, 17), (128, 17), (256, 17)):
+        squares = AttentionProblem(Neighborhood2d(kernel), side, side, series="NA")
+        on_curve = AttentionProblem(Neighborhood1d(kernel**2), side, side, "hilbert", series="HNA")
+        providers = [
+            attention_provider("hna", ours, instead=on_curve),
+            attention_provider("na2d", ours),
+            attention_provider("na2d-hilbert-order", ours, order="hilbert"),
+        ]
+        if side in (96, 256):
+            providers += [_named("flex-na2d", FLEX), attention_provider("flex-hna", flex, instead=on_curve)]
+        yield Case(f"NA/{kernel}/{side}", "NA", squares, tuple(providers), MODES, ours="hna")
+
+
+def side_cases() -> Iterator[Case]:
+    """Time against the image side, window 8 and kernel 7."""
+    for side in (32, 64, 128, 256):
+        yield from _swept("sides", side, batch=16, axis="side")
+
+
+def batch_cases() -> Iterator[Case]:
+    """Time against the batch, on 64 x 64 images."""
+    for batch in (1, 4, 16, 64):
+        yield from _swept("batches", 64, batch=batch, axis="batch")
+
+
+def _swept(mark: str, side: int, *, batch: int, axis: str) -> Iterator[Case]:
+    def sweep(pattern: Pattern, order: str, series: str) -> _Sweep:
+        return _Sweep(pattern, side, side, order, batch=batch, series=series, axis=axis)
+
+    point = side if axis == "side" else batch
+    squares = sweep(Window2d(8), "row_major", "window 8")
+    ways = (
+        attention_provider("hwa", ours, instead=sweep(Window1d(64), "hilbert", "HWA")),
+        attention_provider("wsa", ours),
+        attention_provider("sdpa-window-order", partial(windowed, fused=True), order="window", tile=8),
+        _named("eager-wsa", EAGER_WINDOWS),
+    )
+    yield Case(f"{mark}/window-8/{point}", mark, squares, ways, MODES, ours="hwa")
+    squares = sweep(Neighborhood2d(7), "row_major", "kernel 7")
+    ways = (
+        attention_provider("hna", ours, instead=sweep(Neighborhood1d(49), "hilbert", "HNA")),
+        attention_provider("na2d", ours),
+        attention_provider("na2d-hilbert-order", ours, order="hilbert"),
+    )
+    yield Case(f"{mark}/kernel-7/{point}", mark, squares, ways, MODES, ours="hna")
+
+
+def _named(name: str, provider: Provider) -> Provider:
+    return Provider(name, provider.prepare)
+
+
+# A whole module, and its parts.
+
+
+@dataclass(frozen=True)
+class ModuleProblem:
+    """An attention module on tokens in image order.
+
+    Args:
+        build: makes the module, given channels and heads.
+        side: of the image.
+        batch, dim, heads: sizes of the tokens `[batch, side^2, dim]`.
+        dtype: theirs and the parameters', by name.
+        series: as in `AttentionProblem`.
+    """
+
+    build: Callable[[int, int], CurveAttention]
+    side: int
+    batch: int = 16
+    dim: int = 128
+    heads: int = 2
+    dtype: str = "float16"
+    series: str = ""
+
+    def module(self, device: torch.device) -> CurveAttention:
+        """The module with its first weights, in the problem's dtype."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            built = self.build(self.dim, self.heads)
+        return built.to(device, getattr(torch, self.dtype))
+
+    def work(self, mode: str) -> Work:
+        """Tokens, and each intermediate of an unfused module, read and written once; products of the projections.
+
+        Forward: the input, queries with keys and values, the mixed heads and the output. Backward: their gradients,
+        and the input, queries, keys, values and mixed heads again.
+        """
+        tokens = self.batch * self.side**2
+        tensor = tokens * self.dim * getattr(torch, self.dtype).itemsize
+        product = 2 * tokens * 4 * self.dim**2
+        forward = 1 + 3 + 3 + 1 + 1 + 1
+        return Work(forward * tensor, product) if mode == FORWARD else Work(3 * forward * tensor, 3 * product)
+
+    def facts(self) -> Mapping[str, Any]:
+        """For the row."""
+        return {"series": self.series, "side": self.side, "batch": self.batch, "heads": self.heads,
+                "head_dim": self.dim // self.heads, "dtype": self.dtype}  # fmt: skip
+
+
+Run = Callable[[], Tensor]
+
+
+def part_cases() -> Iterator[Case]:
+    """What a module costs besides its attention."""
+
+    def hwa(dim: int, heads: int) -> CurveAttention:
+        return HilbertWindowAttention(dim, heads, 16, relative_bias=False, backend="triton")
+
+    def hsa(dim: int, heads: int) -> CurveAttention:
+        return HilbertSlideAttention(dim, heads, 121, backend="triton")
+
+    def hna(dim: int, heads: int) -> CurveAttention:
+        return HilbertNeighborhoodAttention(dim, heads, 289, relative_bias=False, backend="triton")
+
+    def na2d(dim: int, heads: int) -> CurveAttention:
+        return NeighborhoodAttention2d(dim, heads, 7, order="row_major", backend="triton")
+
+    for name, build, side in (
+        ("hwa-16", hwa, 128),
+        ("hsa-11", hsa, 96),
+        ("hna-17", hna, 96),
+        ("na2d-7-bias", na2d, 56),
+    ):
+        problem = ModuleProblem(build, side, series=name)
+        providers = [
+            Provider("module", partial(_prepare_module, on_curve=False)),
+            Provider("module-on-curve", partial(_prepare_module, on_curve=True)),
+            Provider("attention", _prepare_mixing),
+            Provider("projections", _prepare_projections),
+            Provider("reorder", _prepare_reorder),
+        ]
+        if name.startswith("na2d"):  # in row-major order already
+            providers = [provider for provider in providers if provider.name not in ("module-on-curve", "reorder")]
+        yield Case(f"parts/{name}/{side}", "parts", problem, tuple(providers), MODES, ours="module")
+
+
+def _tokens(problem: ModuleProblem, device: torch.device, channels: int) -> tuple[Tensor, Tensor]:
+    """Random tokens that require gradients, and a cotangent of `dim` channels."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, problem.dtype)
+    shape = (problem.batch, problem.side**2)
+    tokens, cotangent = (
+        torch.randn(*shape, width, generator=generator, device=device, dtype=dtype) for width in (channels, problem.dim)
+    )
+    return tokens.requires_grad_(), cotangent
+
+
+def _both_ways(run: Run, leaves: Sequence[Tensor], cotangent: Tensor) -> Mapping[str, Callable[[], object]]:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    return {FORWARD: forward, BOTH: lambda: torch.autograd.grad(run(), leaves, cotangent)}
+
+
+def _prepare_module(problem: ModuleProblem, device: torch.device, *, on_curve: bool) -> Prepared:
+    module, size = problem.module(device), (problem.side, problem.side)
+    tokens, cotangent = _tokens(problem, device, problem.dim)
+    leaves = [tokens, *module.parameters()]
+    steps = _both_ways(lambda: module(tokens, size, on_curve=on_curve), leaves, cotangent)
+    facts = {"reorder": "outside" if on_curve else "inside"}
+    return Prepared(steps, partial(_gate_module, problem, device, on_curve), facts=facts)
+
+
+def _gate_module(problem: ModuleProblem, device: torch.device, on_curve: bool, modes: Collection[str]) -> Gate:
+    """Output and all gradients of the first image against the module in plain PyTorch in fp64."""
+    tokens, cotangent = (tensor.detach()[:1] for tensor in _tokens(problem, device, problem.dim))
+
+    def results(dtype: torch.dtype, backend: Backend | None = None) -> dict[str, Tensor]:
+        module = problem.module(device).to(dtype)
+        module.backend = backend or module.backend
+        leaf = tokens.to(dtype).requires_grad_()
+        out = module(leaf, (problem.side, problem.side), on_curve=on_curve)
+        named = dict(module.named_parameters())
+        gradients = torch.autograd.grad(out, [leaf, *named.values()], cotangent.to(dtype))
+        return dict(zip(("out", "tokens", *named), (out.detach(), *gradients), strict=True))
+
+    dtype = getattr(torch, problem.dtype)
+    truth, own, got = results(torch.float64, "torch"), results(dtype, "torch"), results(dtype)
+    rounding = torch.finfo(dtype).eps / 2
+    errors = {name: relative_error(tensor, truth[name]) for name, tensor in got.items()}
+    limits = {name: 2 * (relative_error(tensor, truth[name]) + rounding) for name, tensor in own.items()}
+    return Gate(errors, limits, "the module in plain PyTorch in fp64, first image of the batch")
+
+
+_PART = {"part": "of `module`, which is compared with the truth as a whole"}
+
+
+def _prepare_mixing(problem: ModuleProblem, device: torch.device) -> Prepared:
+    module, size = problem.module(device), (problem.side, problem.side)
+    packed, cotangent = _tokens(problem, device, 3 * problem.dim)
+    leaves = [packed, *(parameter for name, parameter in module.named_parameters() if name == "rpb")]
+    run = partial(module.attend, packed, size)
+    return Prepared(_both_ways(run, leaves, cotangent), facts=_PART)
+
+
+def _prepare_projections(problem: ModuleProblem, device: torch.device) -> Prepared:
+    module = problem.module(device)
+    tokens, cotangent = _tokens(problem, device, problem.dim)
+    mixed, _ = _tokens(problem, device, problem.dim)
+    packed = torch.randn(*tokens.shape[:2], 3 * problem.dim, device=device, dtype=tokens.dtype)
+    first, last = (list(layer.parameters()) for layer in (module.qkv, module.proj))
+
+    def forward() -> object:
+        with torch.no_grad():
+            return module.qkv(tokens), module.proj(mixed)
+
+    def both() -> object:
+        return (
+            torch.autograd.grad(module.qkv(tokens), [tokens, *first], packed),
+            torch.autograd.grad(module.proj(mixed), [mixed, *last], cotangent),
+        )
+
+    return Prepared({FORWARD: forward, BOTH: both}, facts=_PART)
+
+
+def _prepare_reorder(problem: ModuleProblem, device: torch.device) -> Prepared:
+    module, side = problem.module(device), problem.side
+    tokens, cotangent = _tokens(problem, device, problem.dim)
+    run = lambda: module.curve.take_off(module.curve.put_on(tokens, side, side), side, side)  # noqa: E731
+    return Prepared(_both_ways(run, [tokens], cotangent), facts=_PART)
