@@ -16,6 +16,7 @@ from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_spars
 from vitreous_core.patterns import Neighborhood2d, Slide2d, Window2d
 from vitreous_core.testing.golden import golden_path
 from vitreous_hilbert_attn import (
+    Curve,
     HilbertNeighborhoodAttention,
     HilbertSlideAttention,
     HilbertWindowAttention,
@@ -23,6 +24,7 @@ from vitreous_hilbert_attn import (
     resize_bias_table,
 )
 from vitreous_hilbert_attn.attention import image_bias
+from vitreous_hilbert_attn.reorder import Gather, slots_of
 from vitreous_hilbert_attn.sequence_attention import neighborhood_attention
 
 HERE = Path(__file__).parent
@@ -184,6 +186,32 @@ def test_windows_in_window_order_are_ordinary_window_attention() -> None:
     np.testing.assert_array_equal(pattern.dense(8, 12), Window2d(4).dense(8, 12, order))
 
 
+@pytest.mark.parametrize("size", [(4, 4), (8, 6), (12, 16)], ids=str)
+def test_shifted_windows_are_the_rolled_and_masked_ones_of_the_release(size: tuple[int, int]) -> None:
+    """Its way: roll the sequence on by the shift, cut windows, part the wrapped window's tail from its head."""
+    height, width, area, shift = *size, 16, 8
+    length = height * width
+    module = HilbertWindowAttention(8, 2, 4, shift, map_size=size).double()
+    nn.init.normal_(module.relative_position_bias_table)
+    tokens = torch.randn(2, length, 8, dtype=torch.float64)
+    # The module's own rule: on a map no larger than the window nothing is shifted.
+    shift = shift if min(size) > 4 else 0
+
+    order, position = module.order_tables(height, width, "cpu")
+    rolled = tokens[:, order].roll(shift, 1)
+    query, key, value = module.qkv(rolled).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unflatten(3, (-1, area))
+    cell = order.roll(shift)
+    y, x = (cell // width).view(-1, area), (cell % width).view(-1, area)
+    entry = (y[:, :, None] - y[:, None] + height - 1) * (2 * width - 1) + x[:, :, None] - x[:, None] + width - 1
+    part = torch.zeros(length // area, area)
+    part[0, :shift] = 1
+    scores = query @ key.mT * 4**-0.5 + module.relative_position_bias_table[entry].permute(3, 0, 1, 2)
+    scores = scores.masked_fill(part[:, :, None] != part[:, None], -torch.inf)
+    mixed = (scores.softmax(-1) @ value).flatten(2, 3).transpose(1, 2).flatten(2)
+    expected = module.proj(mixed.roll(-shift, 1))[:, position]
+    torch.testing.assert_close(module(tokens, size), expected, **EXACT)
+
+
 def test_a_window_larger_than_the_map_shrinks_to_the_smaller_side_without_shift() -> None:
     module = HilbertWindowAttention(8, 2, 7, 24, relative_bias=False)
     assert (module.pattern(8, 20).size, module.pattern(8, 20).shift) == (49, 24)
@@ -207,6 +235,20 @@ def test_tokens_already_on_the_curve_give_the_same_answer() -> None:
         torch.testing.assert_close(permute_tokens(on_curve, position, order), module(tokens, (7, 11)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("order", ["hilbert", "morton", "window", "tile"])
+def test_an_image_reordered_by_hand_gives_the_same_answer(order: str) -> None:
+    """Along a curve is along the rows of the image that the curve unrolls to. (Image biases know true cells.)"""
+    height, width = 6, 10
+    tokens = torch.randn(2, 60, 8, dtype=torch.float64)
+    for curved, rows in zip(make_modules(order, (6, 10)), make_modules("row_major", (6, 10)), strict=True):
+        if getattr(curved, "relative_position_bias_table", None) is not None:
+            continue
+        rows.load_state_dict(curved.state_dict())
+        gather, back = curved.order_tables(height, width, "cpu")
+        by_hand = rows(tokens[:, gather], (height, width))[:, back]
+        torch.testing.assert_close(curved(tokens, (height, width)), by_hand, **EXACT)
+
+
 def test_permuting_is_undone_by_its_inverse_and_its_gradient_is_exact() -> None:
     order, position = indexing.order_tables("hilbert", 3, 5, "cpu")
     tokens = torch.randn(2, 15, 3, dtype=torch.float64, requires_grad=True)
@@ -215,6 +257,36 @@ def test_permuting_is_undone_by_its_inverse_and_its_gradient_is_exact() -> None:
     torch.testing.assert_close(back, tokens, rtol=0, atol=0)
     assert torch.autograd.gradcheck(lambda t: permute_tokens(t, order, position), tokens)
     assert torch.autograd.gradgradcheck(lambda t: permute_tokens(t, order, position) ** 2, tokens)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 7), (5, 7), (1, 1), (1, 8), (9, 1)], ids=str)
+@pytest.mark.parametrize("orders", [("hilbert", "hilbert"), ("window", "row_major")], ids=str)
+def test_merging_joins_squares_of_cells(orders: tuple[str, str], size: tuple[int, int]) -> None:
+    source, target = (Curve(order, 3 if order == "window" else None) for order in orders)
+    height, width = size
+    maps = torch.randn(2, *size, 3, dtype=torch.float64)
+    padded = nn.functional.pad(maps, (0, 0, 0, width % 2, 0, height % 2))
+    squares = torch.cat([padded[:, y::2, x::2] for y, x in ((0, 0), (1, 0), (0, 1), (1, 1))], dim=-1)
+    order, _ = target.tables(*squares.shape[1:3], "cpu")
+
+    def merge(tokens: Tensor) -> Tensor:
+        return source.merge(source.put_on(tokens, height, width), height, width, target)
+
+    tokens = maps.flatten(1, 2).requires_grad_()
+    torch.testing.assert_close(merge(tokens), squares.flatten(1, 2)[:, order], rtol=0, atol=0)
+    assert torch.autograd.gradcheck(merge, tokens)
+    assert torch.autograd.gradgradcheck(lambda t: merge(t) ** 2, tokens)
+
+
+def test_gathering_copies_sums_them_in_the_gradient() -> None:
+    table = np.array([2, 0, 2, 2, 3])
+    is_real = np.array([True, True, True, False, True])  # the fourth is padding: its gradient is nobody's
+    gather = Gather(torch.from_numpy(table), torch.from_numpy(slots_of(table, is_real, 4)))
+    tokens = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    out = gather(tokens)
+    torch.testing.assert_close(out, tokens[:, table], rtol=0, atol=0)
+    (grad,) = torch.autograd.grad(out, tokens, torch.ones_like(out))
+    assert grad[0, :, 0].tolist() == [1, 0, 2, 1]
 
 
 def test_changing_sizes_reuse_cached_tables() -> None:

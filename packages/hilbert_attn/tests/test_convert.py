@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from vitreous_core.errors import StateMismatch
 from vitreous_core.state import check_state
 from vitreous_core.testing.golden import golden_manifest_state, golden_path
-from vitreous_hilbert_attn import HilbertNeighborhoodTransformer, HilbertWindowTransformer
+from vitreous_hilbert_attn import (
+    HilbertNeighborhoodTransformer,
+    HilbertWindowTransformer,
+    NeighborhoodAttentionTransformer,
+)
 from vitreous_hilbert_attn.convert import from_official, to_official
 
 HERE = Path(__file__).parent
@@ -20,15 +24,23 @@ MODELS = {
     "hwt_tiny_224": (HilbertWindowTransformer, 768),
     "hnt_mini_224": (HilbertNeighborhoodTransformer, 512),
     "hnt_mini_224_norpb": (lambda: HilbertNeighborhoodTransformer(relative_bias=False), 512),
+    # NAT's releases name everything as HNT's does; only the tables are of 13 x 13 offsets.
+    "nat_mini": (NeighborhoodAttentionTransformer, 512),
 }
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], nn.Module]:
     """The official state dict of a model, and ours as an MMPretrain classifier lays it out."""
-    entries = json.loads(golden_path(HERE, request.param.removesuffix("_norpb") + ".keys.json").read_text())["entries"]
+    manifest = request.param.removesuffix("_norpb").replace("nat_mini", "hnt_mini_224")
+    entries = json.loads(golden_path(HERE, f"{manifest}.keys.json").read_text())["entries"]
     if request.param.endswith("_norpb"):
         entries = [entry for entry in entries if not entry["name"].endswith(".rpb")]
+    if request.param == "nat_mini":
+        entries = [
+            entry | {"shape": [entry["shape"][0], 13, 13]} if entry["name"].endswith(".rpb") else entry
+            for entry in entries
+        ]
     build, channels = MODELS[request.param]
     model = nn.ModuleDict({"backbone": build(), "head": nn.ModuleDict({"fc": nn.Linear(channels, 1000)})})
     return golden_manifest_state(entries), model

@@ -22,15 +22,16 @@ from vitreous_hilbert_attn import HilbertWindowTransformer
 from vitreous_hilbert_attn.convert import from_official, to_official
 
 CONFIGS = Path(vitreous_hilbert_attn.__file__).parent / ".mim" / "configs"
-DIGITS = ["hwt-tiny_1xb64_digits", "hnt-mini_1xb64_digits"]
+DIGITS = ["hwt-tiny_1xb64_digits", "hnt-mini_1xb64_digits", "nat2d-mini_1xb64_digits"]
 IMAGENET = [
     "hwt-tiny_8xb128_in1k", "hwt-tiny-w8_8xb128_in1k-256px", "hnt-mini_8xb128_in1k", "hnt-tiny_8xb128_in1k",
-    "hnt-small_8xb128_in1k", "hnt-base_8xb128_in1k",
+    "hnt-small_8xb128_in1k", "hnt-base_8xb128_in1k", "nat2d-mini_8xb128_in1k", "nat2d-tiny_8xb128_in1k",
+    "nat2d-small_8xb128_in1k", "nat2d-base_8xb128_in1k",
 ]  # fmt: skip
 
 
 def config_of(name: str) -> Config:
-    return Config.fromfile(CONFIGS / name[:3] / f"{name}.py")
+    return Config.fromfile(CONFIGS / name.split("-")[0] / f"{name}.py")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def digits_models() -> dict[str, nn.Module]:
 
 def test_models_are_listed_by_name_and_registering_again_is_harmless() -> None:
     register_paper("hilbert_attn")
-    assert set(list_models("hwt-*")) | set(list_models("hnt-*")) == {*DIGITS, *IMAGENET}
+    listed = {name for family in ("hwt", "hnt", "nat2d") for name in list_models(f"{family}-*")}
+    assert listed == {*DIGITS, *IMAGENET}
 
 
 def test_backbones_are_base_backbones_with_the_plain_arguments(digits_models: dict[str, nn.Module]) -> None:
@@ -104,7 +106,7 @@ def test_inference_by_name(name: str, digits_models: dict[str, nn.Module]) -> No
 
 
 def test_recipes_are_those_of_swin_and_nat() -> None:
-    rates = {"hwt": 0.1, "hnt-mini": 0.2, "hnt-tiny": 0.2, "hnt-small": 0.3, "hnt-base": 0.5}
+    rates = {"hwt": 0.1, "mini": 0.2, "tiny": 0.2, "small": 0.3, "base": 0.5}
     for name in IMAGENET:
         config = config_of(name)
         optimizer = config.optim_wrapper.optimizer
@@ -113,13 +115,17 @@ def test_recipes_are_those_of_swin_and_nat() -> None:
         assert config.auto_scale_lr.base_batch_size == 8 * config.train_dataloader.batch_size == 1024
         warm_up, cosine = config.param_scheduler
         assert (warm_up.end, cosine.begin, cosine.end, cosine.eta_min) == (20, 20, 300, 5e-6)
-        assert config.train_cfg.max_epochs == (310 if name.startswith("hnt") else 300)
-        assert config.model.backbone.drop_path_rate == next(r for key, r in rates.items() if name.startswith(key))
+        assert config.train_cfg.max_epochs == (300 if name.startswith("hwt") else 310)
+        assert config.model.backbone.drop_path_rate == next(r for key, r in rates.items() if key in name)
         assert [augment.type for augment in config.model.train_cfg.augments] == ["Mixup", "CutMix"]
 
 
 def test_bias_tables_and_norms_are_not_decayed() -> None:
-    for name, table in (("hwt-tiny_8xb128_in1k", "relative_position_bias_table"), ("hnt-mini_8xb128_in1k", "rpb")):
+    for name, table in (
+        ("hwt-tiny_8xb128_in1k", "relative_position_bias_table"),
+        ("hnt-mini_8xb128_in1k", "rpb"),
+        ("nat2d-mini_8xb128_in1k", "rpb"),
+    ):
         config = config_of(name)
         with torch.device("meta"):
             model = MODELS.build(config.model)

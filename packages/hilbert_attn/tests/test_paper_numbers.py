@@ -11,11 +11,16 @@ import yaml
 from torch import Tensor, nn
 
 import vitreous_hilbert_attn
-from vitreous_hilbert_attn import HilbertNeighborhoodTransformer, HilbertWindowTransformer
+from vitreous_core.indexing import layout_for
+from vitreous_hilbert_attn import (
+    HilbertNeighborhoodTransformer,
+    HilbertWindowTransformer,
+    NeighborhoodAttentionTransformer,
+)
 from vitreous_hilbert_attn.attention import CurveAttention
 
 MIM = Path(vitreous_hilbert_attn.__file__).parent / ".mim"
-HWT, HNT = HilbertWindowTransformer, HilbertNeighborhoodTransformer
+HWT, HNT, NAT = HilbertWindowTransformer, HilbertNeighborhoodTransformer, NeighborhoodAttentionTransformer
 
 
 def count(model: nn.Module, side: int, classes: int = 1000, as_swin_counts: bool = False) -> tuple[int, int]:
@@ -37,8 +42,8 @@ def count(model: nn.Module, side: int, classes: int = 1000, as_swin_counts: bool
         elif isinstance(module, CurveAttention):
             tokens, (height, width) = args
             pattern = module.pattern(height, width)
-            start, stop = pattern.bounds(height * width)
-            pairs = height * width * pattern.size if as_swin_counts else int((stop - start).sum())
+            rule = layout_for(pattern, "row_major", height, width, "cpu").rule
+            pairs = height * width * pattern.size if as_swin_counts else rule.pairs()
             macs += 2 * pairs * tokens.shape[2]
 
     for module in model.modules():
@@ -92,6 +97,17 @@ def test_hnt_has_the_published_counts(
         assert (found, found_without) == (parameters, without_bias)
 
 
+@pytest.mark.parametrize(
+    ("arch", "parameters_m", "gigamacs"), [("mini", 20, 2.7), ("tiny", 28, 4.3), ("small", 51, 7.8), ("base", 90, 13.7)]
+)
+def test_nat_has_the_published_counts(arch: str, parameters_m: int, gigamacs: float) -> None:
+    parameters, macs = count(NAT(arch), 224)
+    assert (round(parameters / 1e6), round(macs / 1e9, 1)) == (parameters_m, gigamacs)
+    # HNT-mini's published 19_958_824 without a bias, plus one table of 13 x 13 for each of 150 heads.
+    if arch == "mini":
+        assert parameters == 19_958_824 + 150 * 13 * 13
+
+
 def entries() -> list[dict[str, Any]]:
     files = [MIM / name for name in yaml.safe_load((MIM / "model-index.yml").read_text())["Import"]]
     return [entry for file in files for entry in yaml.safe_load(file.read_text())["Models"]]
@@ -103,7 +119,7 @@ def test_metafile_states_the_counts_of_the_config(entry: dict[str, Any]) -> None
 
     config = Config.fromfile(MIM / entry["Config"])
     settings = config.model.backbone.to_dict()
-    model = {"HilbertWindowTransformer": HWT, "HilbertNeighborhoodTransformer": HNT}[settings.pop("type")](**settings)
+    model = {build.__name__: build for build in (HWT, HNT, NAT)}[settings.pop("type")](**settings)
     side = config.test_dataloader.dataset.pipeline[-2].get("crop_size") or 32
     found = count(model, side, config.model.head.num_classes)
     assert found == (entry["Metadata"]["Parameters"], entry["Metadata"]["FLOPs"])
