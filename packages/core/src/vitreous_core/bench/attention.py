@@ -307,7 +307,7 @@ def flex(problem: AttentionProblem, tensors: Tensors) -> Attend:
     )  # fmt: skip
     mask = layout.to_flex()
     mask.mask_mod = flex_mask(problem) or mask.mask_mod
-    attend = partial(_compiled_flex(), score_mod=_flex_bias(problem, tensors.table), block_mask=mask)
+    attend = partial(compiled_flex(), score_mod=_flex_bias(problem, tensors.table), block_mask=mask)
 
     def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = attend(query, key, value)
@@ -370,7 +370,8 @@ def _flex_bias(problem: AttentionProblem, table: Tensor | None) -> Callable[...,
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def compiled_flex() -> Callable[..., Any]:
+    """FlexAttention through `torch.compile`."""
     # Static shapes: the kernels of a second size would otherwise be compiled for any size.
     return torch.compile(flex_attention, dynamic=False)
 
