@@ -1,0 +1,162 @@
+"""Forward of long windows on the packed image: the bias table spread out once, then the kernel of `long_forward`.
+
+A table of `(2w - 1)^2` entries is read from `[N, N]` places; gathering it in every program costs more than reading the
+spread bias, which the second-level cache holds, so it is spread once per call.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import NORM_EPS as _NORM_EPS
+from ..reference import logit_factor
+from .arguments import device_of, padded_head_dim
+from .long_arguments import BASE_2, NO_BIAS, NO_MASK, REGIONS, Call, Geometry, row_length
+from .long_forward import run_forward
+from .long_tiles import load_input, pad_distance, place_tokens
+from .tile_math import in_base_2
+
+NORM_EPS = tl.constexpr(_NORM_EPS)
+
+_SPREAD_BLOCK = 64
+_NORM_ROWS = 64
+
+
+@triton.jit
+def _spread_table_kernel(
+    table_ptr, bias_ptr, heads, row_length, SIDE: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Base-2 bias `[H, N, row_length]` from `[(2 SIDE - 1)^2, H]`, rows queries, or keys when `TURNED`.
+
+    Minus infinity in padding columns. Grid: column blocks, row blocks, heads.
+    """
+    TOKENS: tl.constexpr = SIDE * SIDE
+    head = tl.program_id(2)
+    row = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    query, key = (column, row) if TURNED else (row, column)
+    y = query // SIDE - key // SIDE + (SIDE - 1)
+    x = query % SIDE - key % SIDE + (SIDE - 1)
+    is_pair = (row < TOKENS) & (column < TOKENS)
+    bias = tl.load(table_ptr + (y * (2 * SIDE - 1) + x) * heads + head, mask=is_pair, other=-float("inf"))
+    place = (head.to(tl.int64) * TOKENS + row) * row_length + column
+    tl.store(bias_ptr + place, in_base_2(bias), mask=(row < TOKENS) & (column < row_length))
+
+
+@triton.jit
+def _inverse_norm_kernel(
+    q_ptr, k_ptr, pad_ptr, norm_ptr, stride_qi, stride_qh, stride_qy, stride_qx,
+    images, windows, heads, tokens, columns, height, width, padded_height, padded_width, shift,
+    SIDE: tl.constexpr, PADDED: tl.constexpr, ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`1 / max(|x|, eps)` of queries, then of keys, fp32 `[2, B*W, H, N]`. Grid: strips x units x heads."""
+    geometry = (columns, height, width, padded_height, padded_width, shift)
+    strides = (stride_qi, stride_qh, stride_qy, stride_qx)
+    strips = tl.cdiv(tokens, BLOCK_M)
+    pid = tl.program_id(0)
+    token = pid % strips * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = pid // strips % heads
+    unit = pid // (strips * heads)
+    image, window = unit // windows, unit % windows
+
+    offs_d = tl.arange(0, BLOCK_D)
+    y, x = place_tokens(tl.minimum(token, tokens - 1), window, geometry, SIDE)
+    unit_row = (unit.to(tl.int64) * heads + head) * tokens + token
+    q_pad = pad_distance(pad_ptr, q_ptr, 0, heads, HEAD_DIM, ALIGN) if PADDED else 0
+    k_pad = pad_distance(pad_ptr, k_ptr, 1, heads, HEAD_DIM, ALIGN) if PADDED else 0
+    q = load_input(
+        q_ptr, q_pad, image, window, head, windows, y, x, strides, geometry, offs_d,
+        SIDE, PADDED, ALIGN, HEAD_DIM, BLOCK_D,
+    ).to(tl.float32)  # fmt: skip
+    k = load_input(
+        k_ptr, k_pad, image, window, head, windows, y, x, strides, geometry, offs_d,
+        SIDE, PADDED, ALIGN, HEAD_DIM, BLOCK_D,
+    ).to(tl.float32)  # fmt: skip
+    to_key = images.to(tl.int64) * windows * heads * tokens
+    tl.store(norm_ptr + unit_row, 1.0 / tl.maximum(tl.sqrt_rn(tl.sum(q * q, 1)), NORM_EPS), mask=token < tokens)
+    tl.store(
+        norm_ptr + to_key + unit_row, 1.0 / tl.maximum(tl.sqrt_rn(tl.sum(k * k, 1)), NORM_EPS), mask=token < tokens
+    )
+
+
+def launch_shifted_long_forward(
+    qkv: Tensor, bias_table: Tensor | None, pad_qkv: Tensor | None, logit_scale: Tensor | None, seed: Tensor | None,
+    num_heads: int, window_size: int, shift_size: int, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp of windows on the image; see `contracts_shifted`."""
+    batch, height, width, packed = qkv.shape
+    out = qkv.new_empty(batch, height, width, packed // 3)
+    geometry = image_geometry(qkv, num_heads, window_size, shift_size)
+    lse = qkv.new_empty(geometry.units, num_heads, geometry.tokens, dtype=torch.float32)
+    if qkv.numel():
+        call = image_call(geometry, qkv, bias_table, pad_qkv, logit_scale, seed, scale, dropout_p)
+        run_forward(call, out.unflatten(-1, (num_heads, -1)), lse)
+    return out, lse
+
+
+def image_geometry(qkv: Tensor, num_heads: int, window_size: int, shift_size: int) -> Geometry:
+    """How the windows of a packed image lie."""
+    batch, height, width, packed = qkv.shape
+    rows, columns = -(-height // window_size), -(-width // window_size)
+    return Geometry(
+        batch, rows * columns, num_heads, window_size**2, packed // (3 * num_heads),
+        window_size, columns, height, width, shift_size,
+    )  # fmt: skip
+
+
+def image_call(
+    geometry: Geometry, qkv: Tensor, bias_table: Tensor | None, pad_qkv: Tensor | None, logit_scale: Tensor | None,
+    seed: Tensor | None, scale: float, dropout_p: float,
+) -> Call:  # fmt: skip
+    """A call on the packed image: views of queries, keys and values, the table spread out, the norms."""
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    query, key, value = qkv.unflatten(-1, (3, geometry.heads, geometry.head_dim)).unbind(3)
+    pad = None
+    if geometry.has_padding:
+        channels = qkv.shape[-1]
+        pad = qkv.new_zeros(channels) if pad_qkv is None else pad_qkv.to(qkv.dtype).contiguous()
+    call = Call(
+        geometry, query, key, value,
+        None if bias_table is None else spread_table(bias_table, geometry, turned=False),
+        NO_BIAS if bias_table is None else BASE_2,
+        None, REGIONS if geometry.shift > 0 else NO_MASK, pad, seed, None, None, scale, dropout_p,
+    )  # fmt: skip
+    if logit_scale is None:
+        return call
+    factor = logit_factor(logit_scale.float()).flatten()
+    return replace(call, norms=_inverse_norms(call), factor=factor)
+
+
+def spread_table(table: Tensor, geometry: Geometry, turned: bool) -> Tensor:
+    """The bias as kernels read it, or transposed: base 2, fp32, minus infinity in padding columns."""
+    heads, tokens = geometry.heads, geometry.tokens
+    table = table.contiguous()
+    bias = torch.empty(heads, tokens, row_length(tokens), dtype=torch.float32, device=table.device)
+    grid = (-(-bias.shape[2] // _SPREAD_BLOCK), -(-tokens // _SPREAD_BLOCK), heads)
+    with device_of(table):
+        _spread_table_kernel[grid](
+            table, bias, heads, bias.shape[2], SIDE=geometry.side, TURNED=turned, BLOCK=_SPREAD_BLOCK, num_warps=4
+        )
+    return bias
+
+
+def _inverse_norms(call: Call) -> Tensor:
+    geometry = call.geometry
+    shape = (2, geometry.units, geometry.heads, geometry.tokens)
+    norms = torch.empty(shape, dtype=torch.float32, device=call.query.device)
+    programs = -(-geometry.tokens // _NORM_ROWS) * geometry.units * geometry.heads
+    with device_of(norms):
+        _inverse_norm_kernel[(programs,)](
+            call.query, call.key, call.pad, norms, *call.strides[:4], *geometry.numbers(),
+            SIDE=geometry.side, PADDED=geometry.has_padding, ALIGN=call.align, HEAD_DIM=geometry.head_dim,
+            BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_M=_NORM_ROWS, num_warps=4,
+        )  # fmt: skip
+    return norms
