@@ -111,6 +111,9 @@ def our_figure(origin: dict[str, Any] | None) -> str:
         case {"empty_blocks": sides, "image": [height, width], "block": block}:
             shares = [empty_share(*side, height=height, width=width, block=block) for side in sides]
             return " → ".join(f"{100 * share:.1f} %" for share in shares)
+        case {"empty_range": groups, "block": block}:
+            ranges = [[empty_share(*side, height=n, width=n, block=block) for *side, n in group] for group in groups]
+            return " → ".join(f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %" for shares in ranges)
         case {"bench": _, "speed_up": [slow, ours]}:
             runs = measured(origin, [slow, ours])
             return " / ".join(f"{run[slow]['latency_ms_p50'] / run[ours]['latency_ms_p50']:.3g}×" for run in runs)
