@@ -59,7 +59,8 @@ class Prepared:
             None where there is nothing to compare (the reason belongs in `facts`).
         missing: modes this provider cannot do, and why.
         samples_ms: timings that the provider took itself (in a process of its own, say), by mode.
-        facts: what a reader of the row must know, e.g. the token order or what is on the clock.
+        facts: what a reader of the row must know, e.g. the token order or what is on the clock. `standing_mib` is what
+            lies in memory before the clock starts and belongs to the peak: weights, or the inputs of an operation.
     """
 
     steps: Mapping[str, Step] = field(default_factory=dict)
@@ -89,7 +90,11 @@ class Problem(Protocol):
         """Least work of a mode; None where a roof says nothing."""
 
     def facts(self) -> Mapping[str, Any]:
-        """Sizes and settings for the rows. `series` and `side` place the case in the plots."""
+        """Sizes and settings for the rows.
+
+        `series` and `side` place the case in the plots: a panel, and its place on the x axis. `axis` names another
+        fact for the x axis, such as `"batch"`. `dtype` asks for a roof.
+        """
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,16 @@ class Goal:
 
     Args:
         mode: the mode it is about.
-        kind: `"speed-up"` (at least `bound` times as fast as provider `over`), `"milliseconds"` (at most `bound`) or
-            `"roof"` (at least `bound` per cent of the roof).
+        kind: `"speed-up"` (at least `bound` times as fast as provider `over`), `"milliseconds"` (at most `bound`),
+            `"roof"` (at least `bound` per cent of the roof) or `"memory"` (a peak of at most `bound` times that of
+            `over`, with the fact `standing_mib` of each).
         bound: see `kind`.
-        over: the provider that a speed-up is against.
+        over: the provider that a speed-up or a peak is against.
         mean: what the geometric mean of the speed-ups over all cases of the mark must reach as well.
     """
 
     mode: str
-    kind: Literal["speed-up", "milliseconds", "roof"]
+    kind: Literal["speed-up", "milliseconds", "roof", "memory"]
     bound: float
     over: str | None = None
     mean: float | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .case import Step, Work
 
+TF32 = "tfloat32"
 _MIB = 2**20
 _LARGEST_RATIO_OF_COPY = 0.1
 """Share of the free memory that the copy measuring the bandwidth may take, per buffer."""
@@ -148,7 +150,8 @@ class Roof:
 
     Args:
         copy_bytes_per_s: a large device-to-device copy, bytes read plus bytes written.
-        matmul_flops_per_s: a large square matrix product on random data, by dtype name.
+        matmul_flops_per_s: a large square matrix product on random data, by dtype name; `"tfloat32"` is float32 whose
+            factors are rounded to TF32.
     """
 
     copy_bytes_per_s: float
@@ -164,7 +167,7 @@ def measure_roof(device: torch.device, dtypes: Sequence[str]) -> Roof:
 
     Args:
         device: where.
-        dtypes: names of the dtypes whose matrix products are wanted, e.g. `"float16"`.
+        dtypes: names of the dtypes whose matrix products are wanted, e.g. `"float16"` or `"tfloat32"`.
     """
     on_gpu = device.type == "cuda"
     size = 2**31 if on_gpu else 2**26
@@ -176,9 +179,22 @@ def measure_roof(device: torch.device, dtypes: Sequence[str]) -> Roof:
     side = 8192 if on_gpu else 512
     rates = {}
     for name in dtypes:
-        a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, name)) for _ in range(2))
-        rates[name] = 2 * side**3 / (1e-3 * _best_ms(lambda a=a, b=b: a @ b, device))  # type: ignore[misc]
+        dtype, precision = (torch.float32, "high") if name == TF32 else (getattr(torch, name), "highest")
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        with matmul_precision(precision):
+            rates[name] = 2 * side**3 / (1e-3 * _best_ms(lambda a=a, b=b: a @ b, device))  # type: ignore[misc]
     return Roof(2 * size / (1e-3 * copy_ms), rates)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """`torch.set_float32_matmul_precision` for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _best_ms(step: Step, device: torch.device) -> float:

@@ -149,9 +149,24 @@ def judge(goal: Row, ours: Row, rivals: dict[str, Row]) -> Verdict:
         case "roof":
             figure = ours["roof_pct"]
             met, text = figure >= bound, f"{figure:.0f} % of the roof (asked {bound:g} %)"
+        case "memory":
+            rival = rivals.get(goal["over"])
+            peaks = [None if row is None else peak(row) for row in (ours, rival)]
+            if peaks[0] is None or not peaks[1]:
+                return Verdict(None, None, f"{goal['over']}: no peak memory in this run")
+            figure = peaks[0] / peaks[1]
+            met, text = figure <= bound, f"{figure:.2f}× the memory of {goal['over']} (asked {bound:g}×)"
         case kind:
-            raise ValueError(f"goal kind must be speed-up, milliseconds or roof; got {kind!r} for {ours['case']}")
+            raise ValueError(
+                f"goal kind must be speed-up, milliseconds, roof or memory; got {kind!r} for {ours['case']}"
+            )
     return Verdict(met, figure, f"{'met' if met else '**not met**'}: {text}")
+
+
+def peak(row: Row) -> float | None:
+    """Peak MiB of a row, with the weights or inputs that lie there all the time where the row knows their size."""
+    beyond = row.get("peak_mib")
+    return None if beyond is None else beyond + row["facts"].get("standing_mib", 0.0)
 
 
 def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
@@ -223,6 +238,7 @@ def page(sheet: Sheet) -> str:
     """One sheet: where it was measured, then a table and the figures of each mark."""
     parts = [MADE_BY, f"# {sheet.suite} on {sheet.device}\n", _machine(sheet)]
     drawn = [name for name, _ in figures(sheet)]
+    parts += [f"![roofline](../figures/{name}.png)\n" for name in drawn if name == f"{sheet.name}-roofline"]
     for mark in sheet.marks():
         rows = sheet.of(mark)
         parts += [
@@ -256,7 +272,8 @@ def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
         if has_roof:
             cells.append("" if ours is None or "roof_pct" not in ours else f"{ours['roof_pct']:.0f} %")
         if has_memory:
-            cells.append("" if ours is None or ours.get("peak_mib") is None else f"{ours['peak_mib']:.0f}")
+            most = None if ours is None else peak(ours)
+            cells.append("" if most is None else f"{most:.0f}")
         if len(runs) > 1:
             cells.append(str(runs[time]))
         cells.append("<br>".join(verdict.text for _, _, verdict in verdicts(group)))
@@ -322,14 +339,24 @@ Draw = Callable[[], "Figure"]
 def figures(sheet: Sheet) -> list[tuple[str, Draw]]:
     """Names and drawers of the figures that a sheet has the rows for."""
     found: list[tuple[str, Draw]] = []
+    placed = [row for row in sheet.rows if row["ours"] and row["state"] == "ok" and row.get("flops")]
+    if placed:
+        found.append((f"{sheet.name}-roofline", lambda: roofline_figure(placed, f"{sheet.suite} on {sheet.device}")))
     for mark in sheet.marks():
         rows = [row for row in sheet.of(mark) if row["state"] == "ok"]
         prefix = f"{sheet.name}-{mark.lower()}"
         for mode in dict.fromkeys(row["mode"] for row in rows):
-            series = _series([row for row in rows if row["mode"] == mode])
-            if series:
-                name = f"{prefix}-time-{mode.replace('+', '-')}"
-                found.append((name, lambda s=series, m=mode, k=mark: time_figure(s, f"{k}, {m}")))  # type: ignore[misc]
+            of_mode = [row for row in rows if row["mode"] == mode]
+            axis = next(iter(of_mode))["facts"].get("axis", "side")
+            lines = {"time": _series(of_mode, axis, lambda row: row["latency_ms_p50"])}
+            if axis != "side":
+                lines["memory"] = _series(of_mode, axis, peak)
+            for kind, series in lines.items():
+                if series:
+                    unit = "ms" if kind == "time" else "peak MiB"
+                    name = f"{prefix}-{kind}-{mode.replace('+', '-')}"
+                    labels = (f"{mark}, {mode}", "image side" if axis == "side" else axis, unit)
+                    found.append((name, lambda s=series, l=labels: line_figure(s, *l)))  # type: ignore[misc]
         shares = [row for row in rows if row["ours"] and "roof_pct" in row]
         if shares:
             found.append((f"{prefix}-roof", lambda r=shares, k=mark: roof_figure(r, k)))  # type: ignore[misc]
@@ -342,23 +369,23 @@ def figures(sheet: Sheet) -> list[tuple[str, Draw]]:
 Series = dict[str, dict[str, dict[int, float]]]
 
 
-def _series(rows: Sequence[Row]) -> Series:
-    """Milliseconds by series, provider and image side; only series with several sides, or none if that is unclear."""
+def _series(rows: Sequence[Row], axis: str, value: Callable[[Row], float | None]) -> Series:
+    """A figure by series, provider and place on the axis; only series with several places, or none if unclear."""
     points: Series = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        facts = row["facts"]
-        if "series" not in facts or "side" not in facts:
+        facts, figure = row["facts"], value(row)
+        if "series" not in facts or axis not in facts or figure is None:
             continue
         line = points[facts["series"]][row["provider"]]
-        if facts["side"] in line:
+        if facts[axis] in line:
             return {}
-        line[facts["side"]] = row["latency_ms_p50"]
+        line[facts[axis]] = figure
     several = {name: lines for name, lines in points.items() if max(map(len, lines.values())) > 1}
     return several if len(several) <= _MOST_PANELS else {}
 
 
-def time_figure(series: Series, title: str) -> Figure:
-    """Time against image side, a panel for each series and a line for each provider."""
+def line_figure(series: Series, title: str, axis: str, unit: str) -> Figure:
+    """Time or memory against image side or another size, a panel for each series and a line for each provider."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -382,14 +409,46 @@ def time_figure(series: Series, title: str) -> Figure:
     for panel in list(panels.flat)[len(series) :]:
         panel.set_visible(False)
     for panel in panels[:, 0]:
-        panel.set_ylabel("ms")
+        panel.set_ylabel(unit)
     for panel in panels[-1]:
-        panel.set_xlabel("image side")
+        panel.set_xlabel(axis)
     handles: dict[str, Any] = {}
     for panel in panels.flat:
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title)
+    return figure
+
+
+def roofline_figure(rows: Sequence[Row], title: str) -> Figure:
+    """What our rows reach beside what their operations per byte allow: bandwidth on the left, products on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5.0), layout="constrained")
+    panel = figure.subplots()
+    colours = _colours(row["mark"] for row in rows)
+    markers = dict(zip(dict.fromkeys(row["mode"] for row in rows), "os^v", strict=False))
+    for row in rows:
+        reached = row["flops"] / row["latency_ms_p50"] / 1e9
+        label = f"{row['mark']}, {row['mode']}"
+        panel.plot(row["flops"] / row["bytes"], reached, markers[row["mode"]], color=colours[row["mark"]], label=label,
+                   markersize=5, alpha=0.7, linestyle="none")  # fmt: skip
+    intensities = [row["flops"] / row["bytes"] for row in rows]
+    ends = [min(intensities) / 2, max(intensities) * 2]
+    newest = max(rows, key=lambda row: row["time"])
+    for dtype in dict.fromkeys(row["facts"]["dtype"] for row in rows):
+        known = [row for row in rows if dtype in row["matmul_tflop_per_s"]]
+        bandwidth, rate = known[-1]["copy_tb_per_s"], known[-1]["matmul_tflop_per_s"][dtype]
+        knee = min(max(rate / bandwidth, ends[0]), ends[1])
+        corners = [ends[0], knee, ends[1]]
+        panel.plot(corners, [min(bandwidth * x, rate) for x in corners], color="black", linewidth=1)
+        panel.annotate(dtype, (ends[1], min(bandwidth * ends[1], rate)), ha="right", va="bottom", fontsize=8)
+    panel.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="TFLOP/s")
+    panel.set_title(f"{title}: copy {newest['copy_tb_per_s']:.2f} TB/s")
+    panel.grid(alpha=0.3)
+    handles, labels = panel.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

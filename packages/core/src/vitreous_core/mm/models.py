@@ -17,7 +17,9 @@ from mmpretrain import ImageClassificationInferencer, get_model
 from torch import nn
 
 from ..errors import UserError
+from ..zoo import models
 from .checkpoints import load_weights
+from .train import quiet_log
 
 _ATTENTION = "scaled_dot_product_attention"
 _COUNTED = ("conv", "linear", "addmm", "matmul", "mm", "bmm", "einsum", _ATTENTION)
@@ -50,6 +52,20 @@ def build_model(config: Config, checkpoint: str | Path | None = None, device: An
         if meta.get("dataset_meta"):
             model._dataset_meta = meta["dataset_meta"]
     return model
+
+
+def named_model(name: str, **changes: Any) -> nn.Module:
+    """The untrained classifier of that name, MMPretrain's own or a packaged one, on the default device.
+
+    Args:
+        name: what `mmpretrain.get_model` takes; the package of a paper need not be imported before.
+        changes: of its config, e.g. `backbone=dict(drop_path_rate=0.0)`.
+    """
+    for card in models():
+        if card.name == name:
+            card.paper.module("mm")
+    quiet_log()
+    return get_model(name, **changes)
 
 
 def input_size(config: Config) -> tuple[int, int]:

@@ -1,0 +1,236 @@
+"""Whole networks as a benchmark problem: a training step and inference on random images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import relative_error
+from .case import Gate, Prepared, Provider
+
+TRAIN, INFER = "train", "infer"
+_CLASSES = 1000
+_CHECKED = 2
+"""Images that the gate looks at."""
+_MIB = 2**20
+
+Build = Callable[[], nn.Module]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelProblem:
+    """A classifier of 1,000 classes on a batch of images.
+
+    Mode `"train"` is forward, cross-entropy, backward and AdamW; mode `"infer"` is the forward in evaluation mode
+    without gradients. Images are on the device when the clock starts.
+
+    Args:
+        network: what is computed, e.g. `"swin-tiny"`.
+        reference: builds that network; its weights are every provider's, and in float64 it is the truth. None where
+            providers compute different functions, which are then not compared.
+        batch, size: of the images, `[batch, 3, size, size]`.
+        dtype: of the computation, by name.
+        autocast: compute in it by autocast, with weights in float32; else the whole network is cast to it.
+        series: family of cases that one curve in a plot shows.
+    """
+
+    network: str
+    reference: Build | None = None
+    batch: int = 128
+    size: int = 224
+    dtype: str = "bfloat16"
+    autocast: bool = True
+    series: str = ""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch knows it."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def work(self, mode: str) -> None:
+        """No roof: too many operations to say what the least is."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """For the row. No `dtype`, which would ask for a roof."""
+        return {
+            "series": self.series, "side": self.size, "network": self.network, "batch": self.batch,
+            "size": self.size, "computes_in": self.dtype, "autocast": self.autocast,
+        }  # fmt: skip
+
+
+def load_weights(module: nn.Module, state: State) -> None:
+    """How a provider takes the reference's weights when its names are the reference's."""
+    module.load_state_dict(state)
+
+
+def model_provider(
+    name: str,
+    build: Build,
+    *,
+    adopt: Callable[[nn.Module, State], object] = load_weights,
+    compiled: bool = False,
+    channels_last: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> Provider:
+    """A provider of a network.
+
+    Args:
+        name: of the provider.
+        build: builds the classifier; called with the device as the default device. Raises `Unavailable` where a
+            library is missing.
+        adopt: gives it the reference's weights.
+        compiled: whether `torch.compile` compiles the whole network, without dynamic shapes.
+        channels_last: memory format of weights and images.
+        facts: for the row.
+    """
+    settings = {"compiled": compiled, "channels_last": channels_last, **(facts or {})}
+    return Provider(name, partial(_prepare, build=build, adopt=adopt, settings=settings))
+
+
+def _prepare(
+    problem: ModelProblem,
+    device: torch.device,
+    *,
+    build: Build,
+    adopt: Callable[[nn.Module, State], object],
+    settings: Mapping[str, Any],
+) -> Prepared:
+    torch.manual_seed(0)
+    with device:
+        module = build()
+    if problem.reference is not None:
+        adopt(module, _reference(problem, device).state_dict())
+    module, images = _place(problem, module, draw(problem, device))
+    if settings["channels_last"]:
+        module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    if settings["compiled"]:
+        module.compile(dynamic=False)
+    labels = torch.arange(problem.batch, device=device) % _CLASSES
+    # At a rate of zero AdamW does all its work and leaves the weights as the gate wants them.
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
+
+    def train() -> Tensor:
+        if not module.training:  # walking all modules takes the host a while
+            module.train()
+        with _precision(problem, device):
+            loss = F.cross_entropy(_scores(module(images)), labels)
+        loss.backward()
+        optimizer.step()
+        # At the end, so that the gradients belong to the memory of this step.
+        optimizer.zero_grad()
+        return loss.detach()
+
+    def infer() -> Tensor:
+        if module.training:
+            module.eval()
+        with torch.no_grad(), _precision(problem, device):
+            return _scores(module(images))
+
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    state = {"standing_mib": weights / _MIB, "parameters": sum(p.numel() for p in module.parameters())}
+    gate = None if problem.reference is None else partial(_gate, problem, module, images, labels, infer)
+    return Prepared({TRAIN: train, INFER: infer}, gate, facts={**settings, **state})
+
+
+def draw(problem: ModelProblem, device: torch.device) -> Tensor:
+    """Normal images in float32."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(problem.batch, 3, problem.size, problem.size, generator=generator, device=device)
+
+
+def _place(problem: ModelProblem, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    if problem.autocast:
+        return module, images
+    return module.to(problem.torch_dtype), images.to(problem.torch_dtype)
+
+
+def _precision(problem: ModelProblem, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, problem.torch_dtype) if problem.autocast else nullcontext()
+
+
+def _scores(output: Any) -> Tensor:
+    """Class scores; a network with several heads returns its own first."""
+    scores = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(scores, Tensor)
+    return scores.float()
+
+
+# The gate.
+
+
+def _gate(
+    problem: ModelProblem,
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    infer: Callable[[], Tensor],
+    modes: Collection[str],
+) -> Gate:
+    """Compare scores, and the gradient of the images, with the reference in float64.
+
+    The gradient passes through everything that the backward computes but the weights'. It is taken in evaluation mode,
+    as dropped paths cannot be compared, and not through `torch.compile`, which would compile for that mode too; the
+    compiled scores are compared as they are.
+    """
+    truth, limits = _truth(problem, images.device)
+    got = {}
+    if INFER in modes:
+        got["scores"] = infer()[:_CHECKED]
+    if TRAIN in modes:
+        got["scores_trained"], got["dimages"] = _step_of(problem, module, images[:_CHECKED], labels[:_CHECKED])
+    errors = {name: relative_error(tensor, truth[name.removesuffix("_trained")]) for name, tensor in got.items()}
+    allowed = {name: limits[name.removesuffix("_trained")] for name in errors}
+    return Gate(errors, allowed, f"the reference network in float64, {_CHECKED} images")
+
+
+def _step_of(problem: ModelProblem, module: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and the gradient of the images, in evaluation mode and uncompiled."""
+    training = module.training
+    module.eval()
+    images = images.detach().clone().requires_grad_()
+    with _precision(problem, images.device):
+        scores = _scores(module.forward(images))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(scores, labels), images)
+    module.train(training)
+    return scores.detach(), gradient
+
+
+@lru_cache(1)
+def _reference(problem: ModelProblem, device: torch.device) -> nn.Module:
+    assert problem.reference is not None
+    torch.manual_seed(0)
+    with device:
+        module = problem.reference()
+        # Away from zeros and ones, at which some layers would not show.
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    return module
+
+
+@lru_cache(1)
+def _truth(problem: ModelProblem, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The reference's results in float64, and twice its own error in the problem's precision."""
+    images, labels = draw(problem, device)[:_CHECKED], torch.arange(_CHECKED, device=device) % _CLASSES
+    module = _reference(problem, device)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    low = _step_of(problem, *_place(problem, module, images), labels)
+    exact = ModelProblem(problem.network, dtype="float64", autocast=False)
+    module.float().load_state_dict(state)
+    wide = _step_of(exact, module.double(), images.double(), labels)
+    module.float()
+    rounding = torch.finfo(problem.torch_dtype).eps / 2
+    truth = dict(zip(("scores", "dimages"), wide, strict=True))
+    limits = {
+        name: 2 * (relative_error(tensor, truth[name]) + rounding) for name, tensor in zip(truth, low, strict=True)
+    }
+    return truth, limits
