@@ -70,6 +70,10 @@ def test_networks_that_differ_are_not_compared() -> None:
     provider = model_provider("same", lambda: Network(gain=3.0))
     row = rows(replace(PROBLEM, reference=None), provider)["same", TRAIN]
     assert (row["state"], row["gate"]) == ("ok", None)
+    # Or each with a reference of its own.
+    other = ModelProblem("other", lambda: Network(gain=3.0), batch=3, size=16)
+    row = rows(PROBLEM, model_provider("same", lambda: Network(gain=3.0), instead=other))["same", INFER]
+    assert (row["state"], row["facts"]["computes"]["network"]) == ("ok", "other")
 
 
 def test_weights_stay_and_gradients_go() -> None:

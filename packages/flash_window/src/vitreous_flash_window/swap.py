@@ -46,8 +46,8 @@ def convert_model(model: Model, backend: Backend = "auto") -> Model:
         ValueError: when no attention in `model` is of a kind known here, or `backend` is no name of one.
 
     Examples:
-        >>> from mmpretrain import get_model
-        >>> model = convert_model(get_model("swin-tiny_16xb64_in1k"))
+        >>> from mmpretrain.models import SwinTransformer
+        >>> backbone = convert_model(SwinTransformer("tiny"))
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")

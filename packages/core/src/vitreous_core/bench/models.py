@@ -80,6 +80,7 @@ def model_provider(
     adopt: Callable[[nn.Module, State], object] = load_weights,
     compiled: bool = False,
     channels_last: bool = False,
+    instead: ModelProblem | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Provider:
     """A provider of a network.
@@ -91,10 +92,11 @@ def model_provider(
         adopt: gives it the reference's weights.
         compiled: whether `torch.compile` compiles the whole network, without dynamic shapes.
         channels_last: memory format of weights and images.
+        instead: compute another problem, where a paper compares different networks; the gate judges by that one.
         facts: for the row.
     """
     settings = {"compiled": compiled, "channels_last": channels_last, **(facts or {})}
-    return Provider(name, partial(_prepare, build=build, adopt=adopt, settings=settings))
+    return Provider(name, partial(_prepare, build=build, adopt=adopt, instead=instead, settings=settings))
 
 
 def _prepare(
@@ -103,8 +105,11 @@ def _prepare(
     *,
     build: Build,
     adopt: Callable[[nn.Module, State], object],
+    instead: ModelProblem | None,
     settings: Mapping[str, Any],
 ) -> Prepared:
+    if instead is not None:
+        problem, settings = instead, {**settings, "computes": dict(instead.facts())}
     torch.manual_seed(0)
     with device:
         module = build()
