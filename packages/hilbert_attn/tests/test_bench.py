@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from vitreous_core.bench.attention import AttentionProblem, attention_provider, dense
 from vitreous_core.bench.case import Case
 from vitreous_hilbert_attn import bench
 from vitreous_hilbert_attn.attention import CurveAttention, HilbertNeighborhoodAttention
+from vitreous_hilbert_attn.attention_2d import NeighborhoodAttention2d
 
 CPU = torch.device("cpu")
 CASES = bench.cases()
@@ -120,3 +122,24 @@ def test_the_work_of_a_module_is_counted() -> None:
     tokens = 2 * 36
     assert forward.flops == 2 * tokens * 16 * (3 * 16 + 16)
     assert (both.bytes, both.flops) == (3 * forward.bytes, 3 * forward.flops)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("side", [14, 7])
+def test_neighbourhoods_by_flex_attention_are_those_of_the_module(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "compiled_flex", lambda: flex_attention)
+    module = NeighborhoodAttention2d(32, 2, 7, relative_bias=False, order="row_major", backend="torch")
+    qkv = torch.randn(2, side**2, 96)
+    by_flex = bench._attend_by_flex(module, bench.flex_masks(7), qkv, (side, side))
+    torch.testing.assert_close(by_flex, module.attend(qkv, (side, side)))
+
+
+def test_networks_are_built_by_name_and_only_ours_are_compared() -> None:
+    for case in (case for case in CASES if case.mark == "H7"):
+        assert case.clock == "wall"
+        (own, *others) = case.providers
+        assert own.prepare.keywords["instead"] is None  # type: ignore[attr-defined]
+        assert case.problem.reference is not None  # type: ignore[attr-defined]
+        assert {goal.mode for goal in case.goals} == set(case.modes)
+        for other in others:
+            assert other.prepare.keywords["instead"].network != case.problem.network  # type: ignore[attr-defined]

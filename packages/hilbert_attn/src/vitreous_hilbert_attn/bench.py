@@ -6,6 +6,7 @@ Core's suite holds the marks H1 to H4, at 56 x 56, 64 x 64 and 128 x 128, agains
   the curve beside its square namesake in row-major order, in Hilbert order, and for windows in window order: that
   order has the sparsity of the curve with true square windows, and `sdpa-window-order` is PyTorch's fused attention on
   it.
+* `H7`: whole networks, HWT beside Swin, HNT beside the same network with square neighbourhoods in FlexAttention.
 * `parts`: what reordering and projections cost beside the attention.
 * `sides`, `batches`: sweeps over the image side and over the batch.
 
@@ -20,22 +21,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from vitreous_core.bench.attention import (
     BOTH,
     EAGER_WINDOWS,
     FLEX,
+    FLEX_BLOCK,
     FORWARD,
     UNFOLD,
     AttentionProblem,
     attention_provider,
+    compiled_flex,
     flex,
+    flex_mask,
     ours,
     relative_error,
     windowed,
 )
-from vitreous_core.bench.case import Case, Gate, Goal, Prepared, Provider, Work
+from vitreous_core.bench.case import Case, Gate, Goal, Prepared, Provider, Unavailable, Work
+from vitreous_core.bench.models import INFER, TRAIN, ModelProblem, model_provider
 from vitreous_core.patterns import Neighborhood1d, Neighborhood2d, Pattern, Slide1d, Slide2d, Window1d, Window2d
 
 from .attention import (
@@ -52,7 +58,94 @@ MODES = (FORWARD, BOTH)
 
 def cases() -> Sequence[Case]:
     """All of them."""
-    return [*window_cases(), *slide_cases(), *neighborhood_cases(), *part_cases(), *side_cases(), *batch_cases()]
+    return [
+        *network_cases(compiled=False), *window_cases(), *neighborhood_cases(), *slide_cases(), *part_cases(),
+        *network_cases(compiled=True), *side_cases(), *batch_cases(),
+    ]  # fmt: skip
+
+
+# Whole networks.
+
+
+def network_cases(*, compiled: bool) -> Iterator[Case]:
+    """H7: a training step of HWT beside Swin's, and of HNT beside NAT's; inference too.
+
+    NAT is what HNT is with square neighbourhoods. FlexAttention computes it without the bias, whose gradient would take
+    it several times as long; HNT keeps its own. Compiled, only the training step is timed: compiling takes long.
+    """
+    modes = (TRAIN,) if compiled else (TRAIN, INFER)
+    what = "compiled" if compiled else "eager"
+    hwt, hnt, nat = "hwt-tiny_8xb128_in1k", "hnt-mini_8xb128_in1k", "nat2d-mini_8xb128_in1k"
+
+    problem = ModelProblem("hwt-tiny", _network(hwt, backend="torch"), series="HWT-tiny")
+    own = [model_provider("triton", _network(hwt, backend="triton"), compiled=compiled)]
+    others = [_other("swin", "swin-tiny_16xb64_in1k", compiled)]
+    if not compiled:
+        others.append(_other("flash-swin", "flash-swin-tiny_16xb64_in1k", compiled))
+    goals = tuple(Goal(mode, "speed-up", 1.0, over="swin") for mode in modes)
+    yield Case(f"H7/hwt-tiny/{what}", "H7", problem, (*own, *others), modes, goals=goals, clock="wall")
+
+    rows = {"order": "row_major", "relative_bias": False}
+    problem = ModelProblem("hnt-mini", _network(hnt, backend="torch"), series="HNT-mini")
+    squares = ModelProblem("nat2d-mini without bias", _network(nat, backend="torch", **rows))
+    own = [model_provider("triton", _network(hnt, backend="triton"), compiled=compiled)]
+    others = [model_provider("na2d-flex", partial(_nat_by_flex, nat, rows), instead=squares, compiled=compiled)]
+    if not compiled:
+        others.append(model_provider("na2d-triton", _network(nat, backend="triton", **rows), instead=squares))
+    goals = tuple(Goal(mode, "speed-up", 1.0, over="na2d-flex") for mode in modes)
+    yield Case(f"H7/hnt-mini/{what}", "H7", problem, (*own, *others), modes, goals=goals, clock="wall")
+
+
+def _other(name: str, network: str, compiled: bool) -> Provider:
+    """Another paper's network, which is compared with nothing here."""
+    return model_provider(name, _network(network), instead=ModelProblem(network), compiled=compiled)
+
+
+def _nat_by_flex(name: str, backbone: Mapping[str, Any]) -> nn.Module:
+    """NAT with compiled FlexAttention, written as its users write it: see `vitreous_core.bench.attention.flex`."""
+    network = _build_network(name, {"backbone": {**backbone, "backend": "flex"}})
+    for module in network.modules():
+        if isinstance(module, NeighborhoodAttention2d):
+            module.attend = partial(_attend_by_flex, module, flex_masks(module.kernel_size))
+    return network
+
+
+def flex_masks(kernel: int) -> dict[tuple[int, int], BlockMask]:
+    """FlexAttention's masks of neighbourhoods for the four maps of a 224-pixel image, on the default device."""
+    masks = {}
+    for side in (56, 28, 14, 7):
+        problem = AttentionProblem(Neighborhood2d(kernel), side, side)
+        block = {"query_block": FLEX_BLOCK, "key_block": FLEX_BLOCK}
+        masks[side, side] = problem.pattern.layout(side, side, **block).to(torch.get_default_device()).to_flex()
+        masks[side, side].mask_mod = flex_mask(problem)
+    return masks
+
+
+def _attend_by_flex(
+    module: NeighborhoodAttention2d, masks: Mapping[tuple[int, int], BlockMask], qkv: Tensor, size: tuple[int, int]
+) -> Tensor:
+    heads = qkv.unflatten(2, (3, module.num_heads, module.head_dim)).unbind(2)
+    query, key, value = (part.transpose(1, 2) for part in heads)
+    # Below 128 queries it would take the kernel made for decoding.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    out = compiled_flex()(query, key, value, block_mask=masks[size], scale=module.scale, kernel_options=options)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _network(name: str, **backbone: Any) -> Callable[[], nn.Module]:
+    """Builds a packaged classifier, of any paper here or MMPretrain's own, with changes of its backbone."""
+    return partial(_build_network, name, {"backbone": backbone} if backbone else {})
+
+
+def _build_network(name: str, changes: Mapping[str, Any]) -> nn.Module:
+    try:
+        from vitreous_core.mm.models import named_model
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"building networks by name needs vitreous-core[mm]: {error}") from None
+    try:
+        return named_model(name, **changes)
+    except ValueError as error:  # another paper's, which need not be installed
+        raise Unavailable(str(error)) from None
 
 
 # Attention alone.
