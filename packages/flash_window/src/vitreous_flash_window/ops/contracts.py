@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton.configs import fits_on_chip
+from .triton.configs import fits_on_chip, keeps_statistics
 
 # `custom_op` would be shorter; its Python layers cost ten times as much per call as these, more than a small kernel.
 _library = torch.library.Library("vitreous_flash_window", "FRAGMENT")
@@ -51,7 +51,8 @@ def _forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output, strides ordered as those of query, and base-2 log-sum-exp fp32 `[B*W, H, N]` (empty for short windows).
+    """Output, strides ordered as those of query, and base-2 log-sum-exp fp32 `[B*W, H, N]` (see
+    `keeps_statistics`, else empty).
 
     Args:
         query, key, value, bias, mask: as in `api.window_attention`.
@@ -61,8 +62,7 @@ def _forward(
     if _is_short(query):
         from .triton.window_forward import launch_forward
 
-        out = launch_forward(query, key, value, bias, mask, seed, scale, dropout_p)
-        return out, query.new_empty(0, dtype=torch.float32)
+        return launch_forward(query, key, value, bias, mask, seed, scale, dropout_p)
     from .triton.long_forward import launch_long_forward
 
     return launch_long_forward(query, key, value, bias, mask, seed, scale, dropout_p)
@@ -70,7 +70,7 @@ def _forward(
 
 @torch.library.register_fake("vitreous_flash_window::window_attention", lib=_library)
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = 0 if _is_short(query) else query.shape[:3]
+    rows = query.shape[:3] if keeps_statistics(query.shape[2], query.shape[3], query.element_size()) else 0
     return torch.empty_like(query), query.new_empty(rows, dtype=torch.float32)
 
 
@@ -89,11 +89,11 @@ def _backward(
     dropout_p: float,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias (empty unless `needs_bias`); `out` and `lse` of long windows only."""
-    if out is None or lse is None:
+    """Gradients of query, key, value and bias (empty unless `needs_bias`); `out` and `lse` as `_forward` keeps."""
+    if _is_short(query):
         from .triton.window_backward import launch_backward
 
-        return launch_backward(dout, query, key, value, bias, mask, seed, scale, dropout_p, needs_bias)
+        return launch_backward(dout, query, key, value, out, lse, bias, mask, seed, scale, dropout_p, needs_bias)
     from .triton.long_backward import launch_long_backward
 
     return launch_long_backward(
@@ -120,7 +120,7 @@ def _is_short(query: Tensor) -> bool:
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Saves query, key, value, bias and mask; for long windows the output and log-sum-exp too; never the scores."""
+    """Saves query, key, value, bias and mask; where needed the output and log-sum-exp; never scores."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ class _WindowAttention(torch.autograd.Function):
             out, lse = _window_attention(*arguments)
         query, key, value, bias, mask, seed, *ctx.numbers = arguments
         ctx.mark_non_differentiable(lse)
-        kept = (None, None) if _is_short(query) else (out, lse)
+        kept = (out, lse) if keeps_statistics(query.shape[2], query.shape[3], query.element_size()) else (None, None)
         ctx.save_for_backward(query, key, value, *kept, bias, mask, seed)
         return out, lse
 

@@ -13,7 +13,8 @@ import torch
 from .arguments import padded_head_dim
 
 LARGEST_TOKENS = 256
-_LARGEST_TENSOR = 64 * 1024
+LARGEST_TILE = 64
+_LARGEST_TENSOR = 32 * 1024
 
 
 class Tile(NamedTuple):
@@ -21,13 +22,13 @@ class Tile(NamedTuple):
 
     Args:
         rows: queries (or, for the gradients of keys and values, keys) that a program owns.
-        main, tail: columns, powers of two; the tail can be 0.
+        columns, tail: width of the chunks that the other side comes in, and of the last one; 0: like the others.
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
     """
 
     rows: int
-    main: int
+    columns: int
     tail: int
     warps: int
     stages: int
@@ -35,13 +36,18 @@ class Tile(NamedTuple):
 
 
 def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
-    """Whether the short kernels take windows of N tokens: keys and values of one head, 64 KiB each at most, on chip."""
+    """Whether the short kernels take windows of N tokens: keys and values of one head, 32 KiB each at most, on chip."""
     rows = -(-tokens // 16) * 16
     return tokens <= LARGEST_TOKENS and rows * padded_head_dim(head_dim) * itemsize <= _LARGEST_TENSOR
 
 
+def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
+    """Whether the backward pass needs output and log-sum-exp: not where one tile holds all scores of a window."""
+    return tokens > LARGEST_TILE or not fits_on_chip(tokens, head_dim, itemsize)
+
+
 def count_parts(device: torch.device, tile: Tile, windows: int, programs_per_part: int) -> int:
-    """Into how many parts the windows are cut so that the programs of all parts fill the GPU once."""
+    """Among how many parts the windows are divided so that the programs of all parts fill the GPU once."""
     return max(1, min(windows, _multiprocessors(device) * tile.programs // programs_per_part))
 
 
@@ -51,29 +57,30 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def columns_of(tokens: int) -> tuple[int, int]:
-    """The fewest columns that hold N tokens as one power of two, or as two of which the second is the tail."""
-    whole = max(16, 1 << (tokens - 1).bit_length())
-    main = whole // 2
-    tail = max(16, 1 << (tokens - main - 1).bit_length()) if main >= 16 else 0
-    return (main, tail) if 64 <= main and main + tail < whole else (whole, 0)
+def _power_of_two(number: int) -> int:
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def _tile(tokens: int, warps: int, stages: int, programs: int) -> Tile:
+    """A tile of 16 rows per warp; chunks of as many columns, the last as narrow as it can be."""
+    if tokens <= LARGEST_TILE:
+        side = _power_of_two(tokens)
+        return Tile(side, side, 0, max(1, side // 16), stages, programs)
+    rest = tokens % LARGEST_TILE
+    tail = _power_of_two(rest) if rest else 0
+    return Tile(16 * warps, LARGEST_TILE, tail if tail < LARGEST_TILE else 0, warps, stages, programs)
 
 
 def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
     """The tile of the forward pass."""
-    main, tail = columns_of(tokens)
-    rows = min(64, main)
-    return Tile(rows, main, tail, 4 if rows == 64 else 1, 3, 4)
+    return _tile(tokens, 4, 3, 2)
 
 
 def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
     """The tile of the backward pass over queries."""
-    main, tail = columns_of(tokens)
-    rows = min(64, main)
-    return Tile(rows, main, tail, 4 if rows == 64 else 1, 2, 2)
+    return _tile(tokens, 4, 2, 2)
 
 
 def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
-    """The tile of the backward pass over keys, of windows that are more than one strip."""
-    main, tail = columns_of(tokens)
-    return Tile(min(64, main), main, tail, 8, 2, 1)
+    """The tile of the backward pass over keys, of windows that are more than one tile."""
+    return _tile(tokens, 4, 2, 2)

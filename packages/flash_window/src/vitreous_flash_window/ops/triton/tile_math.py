@@ -18,7 +18,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 NO_ADDEND, NUMBERS, FLAGS = (tl.constexpr(kind) for kind in (0, 1, 2))
 
 # A finite addend times log2 e must not become minus infinity: it hides nothing, however small.
-LOWEST = tl.constexpr(-3.4e38)
+LOWEST = tl.constexpr(-3.3e38)
+
+# Below any score but minus infinity: a row maximum from which minus infinity can be subtracted.
+FLOOR = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -26,6 +29,37 @@ def part_range(part, parts, total):
     """First and last + 1 of the items that part `part` of `parts` owns; sizes differ by at most one."""
     wide = part.to(tl.int64)
     return (wide * total // parts).to(tl.int32), ((wide + 1) * total // parts).to(tl.int32)
+
+
+@triton.jit
+def mask_groups(part, parts, windows, mask_windows, MASK: tl.constexpr):
+    """First and last + 1 of the mask's windows that a part walks through; one group of all windows without a mask."""
+    if MASK > 0:
+        first, last = part_range(part, parts, windows)
+        images = windows // mask_windows
+        groups = first // images, (last - 1) // images + 1
+    else:
+        groups = 0, 1
+    return groups
+
+
+@triton.jit
+def walk(group, part, parts, windows, mask_windows, MASK: tl.constexpr):
+    """First window, last + 1 and step of a part's walk through a group.
+
+    Under a mask, windows with the same one come in sequence, image by image. Without, all parts walk side by side,
+    which keeps what the GPU reads at one time close together.
+    """
+    if MASK > 0:
+        first, last = part_range(part, parts, windows)
+        images = windows // mask_windows
+        start = group * images
+        begin = group + (tl.maximum(first, start) - start) * mask_windows
+        end = group + (tl.minimum(last, start + images) - start) * mask_windows
+        steps = begin, end, mask_windows
+    else:
+        steps = part, windows, parts
+    return steps
 
 
 @triton.jit
@@ -94,8 +128,42 @@ def addend_tile(ptr, row_index, column_index, stride_row, stride_column, TOKENS:
 
 
 @triton.jit
+def addend_tiles(
+    ptr, offset, rows, stride_row, stride_column, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    WHOLE: tl.constexpr, CHUNKS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """`addend_tile` of each chunk of columns: `WHOLE` of them `COLUMNS` wide, then, if there is one more, `TAIL`."""
+    tiles = ()
+    base = ptr + offset if KIND > 0 else 0
+    for c in tl.static_range(CHUNKS):
+        WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
+        column = c * COLUMNS + tl.arange(0, WIDTH)
+        tile = addend_tile(base, rows[:, None], column[None, :], stride_row, stride_column, TOKENS, KIND)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def add_mask_tiles(
+    tiles, ptr, group, rows, stride_group, stride_row, stride_column, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    TAIL: tl.constexpr, WHOLE: tl.constexpr, CHUNKS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """The addend of each chunk with the mask of one window added."""
+    sums = tiles
+    if KIND > 0:
+        sums = ()
+        masks = addend_tiles(
+            ptr, tl.cast(group, tl.int64) * stride_group, rows, stride_row, stride_column,
+            TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, KIND,
+        )  # fmt: skip
+        for c in tl.static_range(CHUNKS):
+            sums = sums + (tiles[c] + masks[c],)
+    return sums
+
+
+@triton.jit
 def softmax_numerators(scores):
-    """`exp2(scores - row maximum)` and the inverse of its row sums; numerators of a row of minus infinities are zero."""
+    """`exp2(scores - row maximum)`, zero in a row of minus infinities, and the inverse of its row sums."""
     largest = tl.max(scores, 1)
     largest = tl.where(largest == -float("inf"), 0.0, largest)
     numerators = tl.exp2(scores - largest[:, None])

@@ -1,9 +1,9 @@
 """Backward kernels of short windows. Weights are recomputed; no atomics, so reruns agree bitwise.
 
 `_window_bwd_rows_kernel` walks like the forward kernel and keeps, beside the bias of its strip of queries, the bias
-gradient on chip: one partial tile per program leaves it at the end. Where the strip is the whole window, it computes
-every gradient. Otherwise it computes those of queries and bias and leaves two numbers per row, from which
-`_window_bwd_keys_kernel` computes the gradients of keys and values, strip of keys by strip of keys.
+gradient on chip: one partial sum per program leaves it at the end. Where one tile holds all scores of a window, it
+computes every gradient from query, key, value and dout alone. Else it computes those of queries and bias, and
+`_window_bwd_keys_kernel` those of keys and values, strip of keys by strip of keys.
 """
 
 # mypy: ignore-errors
@@ -28,14 +28,17 @@ from .arguments import (
 from .bias_gradient import fold_partials
 from .configs import choose_keys, choose_rows, count_parts
 from .tile_math import (
+    FLOOR,
     LOG2E,
-    addend_tile,
+    add_mask_tiles,
+    addend_tiles,
     dropout_keep,
     load_rows,
+    mask_groups,
     operand,
-    part_range,
     row_offsets,
     store_rows,
+    walk,
 )
 
 
@@ -43,6 +46,7 @@ from .tile_math import (
     do_not_specialize=[
         "stride_qw", "stride_qh", "stride_qn", "stride_kw", "stride_kh", "stride_kn",
         "stride_vw", "stride_vh", "stride_vn", "stride_gw", "stride_gh", "stride_gn",
+        "stride_ow", "stride_oh", "stride_on",
         "stride_dqw", "stride_dqh", "stride_dqn", "stride_dkw", "stride_dkh", "stride_dkn",
         "stride_dvw", "stride_dvh", "stride_dvn",
         "stride_bh", "stride_bq", "stride_bk", "stride_mw", "stride_mq", "stride_mk",
@@ -50,12 +54,13 @@ from .tile_math import (
     ]
 )  # fmt: skip
 def _window_bwd_rows_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
-    partials_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
+    partials_ptr, delta_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
     stride_vw, stride_vh, stride_vn, stride_vd,
     stride_gw, stride_gh, stride_gn, stride_gd,
+    stride_ow, stride_oh, stride_on, stride_od,
     stride_dqw, stride_dqh, stride_dqn, stride_dqd,
     stride_dkw, stride_dkh, stride_dkn, stride_dkd,
     stride_dvw, stride_dvh, stride_dvn, stride_dvd,
@@ -63,151 +68,115 @@ def _window_bwd_rows_kernel(
     heads, windows, mask_windows, parts, scale, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dS = P (dP - rowsum(P dP))`, `dq = scale dS k`, partial sums of dS; of one strip also dk and dv.
+    """`dS = P (dP - delta)`, `dq = scale dS k`, partial sums of dS; of one tile also dk and dv, else also delta.
 
-    Grid: parts x heads x strips of queries, the last fastest.
+    `delta = rowsum(P dP)`, or from the output, `rowsum(dout out)`. Grid: parts x heads x strips of queries, the last
+    fastest.
     """
     STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
+    CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
     pid = tl.program_id(0)
-    strip, head = pid % STRIPS, pid // STRIPS % heads
+    strip, head = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64)
     part = pid // STRIPS // heads
-    first, last = part_range(part, parts, windows)
-    wide_head = head.to(tl.int64)
 
     offs_d = tl.arange(0, BLOCK_D)
     rows = strip * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, MAIN)
+    is_row = rows < TOKENS
     q_offsets = row_offsets(rows, offs_d, stride_qn * ALIGN, stride_qd)
     g_offsets = row_offsets(rows, offs_d, stride_gn * ALIGN, stride_gd)
     dq_offsets = row_offsets(rows, offs_d, stride_dqn * ALIGN, stride_dqd)
-    k_offsets = row_offsets(columns, offs_d, stride_kn * ALIGN, stride_kd)
-    v_offsets = row_offsets(columns, offs_d, stride_vn * ALIGN, stride_vd)
-    if BIAS > 0:
-        bias_ptr += wide_head * stride_bh
-    bias = addend_tile(bias_ptr, rows[:, None], columns[None, :], stride_bq, stride_bk, TOKENS, BIAS)
+    if STRIPS > 1:
+        o_offsets = row_offsets(rows, offs_d, stride_on * ALIGN, stride_od)
+    bias = addend_tiles(
+        bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
+    )
+    sums = ()
     if NEEDS_BIAS:
-        dbias = tl.zeros([ROWS, MAIN], tl.float32)
-    if TAIL > 0:
-        tail_columns = MAIN + tl.arange(0, TAIL)
-        tail_k_offsets = row_offsets(tail_columns, offs_d, stride_kn * ALIGN, stride_kd)
-        tail_v_offsets = row_offsets(tail_columns, offs_d, stride_vn * ALIGN, stride_vd)
-        tail_bias = addend_tile(bias_ptr, rows[:, None], tail_columns[None, :], stride_bq, stride_bk, TOKENS, BIAS)
-        if NEEDS_BIAS:
-            tail_dbias = tl.zeros([ROWS, TAIL], tl.float32)
-    if STRIPS == 1:
-        dk_offsets = row_offsets(columns, offs_d, stride_dkn * ALIGN, stride_dkd)
-        dv_offsets = row_offsets(columns, offs_d, stride_dvn * ALIGN, stride_dvd)
-
-    images = windows // mask_windows
-    for mask_window in range(first // images, (last - 1) // images + 1):
-        addend = bias
-        if TAIL > 0:
-            tail_addend = tail_bias
-        if MASK > 0:
-            tile_ptr = mask_ptr + tl.cast(mask_window, tl.int64) * stride_mw
-            addend += addend_tile(tile_ptr, rows[:, None], columns[None, :], stride_mq, stride_mk, TOKENS, MASK)
-            if TAIL > 0:
-                tail_addend += addend_tile(
-                    tile_ptr, rows[:, None], tail_columns[None, :], stride_mq, stride_mk, TOKENS, MASK
-                )
-        start = mask_window * images
-        for item in range(tl.maximum(first, start), tl.minimum(last, start + images)):
-            window = tl.cast((item - start) * mask_windows + mask_window, tl.int64)
-            q_base = q_ptr + (window * stride_qw + wide_head * stride_qh) * ALIGN
-            k_base = k_ptr + (window * stride_kw + wide_head * stride_kh) * ALIGN
-            v_base = v_ptr + (window * stride_vw + wide_head * stride_vh) * ALIGN
-            g_base = dout_ptr + (window * stride_gw + wide_head * stride_gh) * ALIGN
-            q = load_rows(q_base, q_offsets, rows < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            k = load_rows(k_base, k_offsets, columns < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS >= MAIN)
-            dout = load_rows(g_base, g_offsets, rows < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            v = load_rows(v_base, v_offsets, columns < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS >= MAIN)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addend
-            dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            largest = tl.max(scores, 1)
-            if TAIL > 0:
-                is_tail = tail_columns < TOKENS
-                tail_k = load_rows(k_base, tail_k_offsets, is_tail, offs_d, HEAD_DIM, BLOCK_D, TOKENS == MAIN + TAIL)
-                tail_v = load_rows(v_base, tail_v_offsets, is_tail, offs_d, HEAD_DIM, BLOCK_D, TOKENS == MAIN + TAIL)
-                tail_scores = tl.dot(q, tl.trans(tail_k), input_precision=PRECISION) * scale_log2 + tail_addend
-                tail_dweights = tl.dot(dout, tl.trans(tail_v), input_precision=PRECISION)
-                largest = tl.maximum(largest, tl.max(tail_scores, 1))
-            largest = tl.where(largest == -float("inf"), 0.0, largest)
-            weights = tl.exp2(scores - largest[:, None])
-            total = tl.sum(weights, 1)
-            if TAIL > 0:
-                tail_weights = tl.exp2(tail_scores - largest[:, None])
-                total += tl.sum(tail_weights, 1)
-            is_blank = total == 0.0
-            total = tl.where(is_blank, 1.0, total)
-            weights *= (1.0 / total)[:, None]
-            kept = weights
-            if DROPOUT:
-                keep = dropout_keep(seed_ptr, window * heads + head, rows[:, None], columns[None, :], threshold)
-                dweights = tl.where(keep, dweights * keep_scale, 0.0)
-                kept = tl.where(keep, weights * keep_scale, 0.0)
-            delta = tl.sum(weights * dweights, 1)
-            if TAIL > 0:
-                tail_weights *= (1.0 / total)[:, None]
+        for c in tl.static_range(CHUNKS):
+            WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
+            sums = sums + (tl.zeros([ROWS, WIDTH], tl.float32),)
+    first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
+    for group in range(first_group, last_group):
+        addends = add_mask_tiles(
+            bias, mask_ptr, group, rows, stride_mw, stride_mq, stride_mk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, MASK
+        )
+        begin, end, step = walk(group, part, parts, windows, mask_windows, MASK)
+        for item in range(begin, end, step):
+            window = tl.cast(item, tl.int64)
+            window_head = window * heads + head
+            q_base = q_ptr + (window * stride_qw + head * stride_qh) * ALIGN
+            k_base = k_ptr + (window * stride_kw + head * stride_kh) * ALIGN
+            v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
+            g_base = dout_ptr + (window * stride_gw + head * stride_gh) * ALIGN
+            q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            dout = load_rows(g_base, g_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            if STRIPS > 1:
+                o_base = out_ptr + (window * stride_ow + head * stride_oh) * ALIGN
+                out = load_rows(o_base, o_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+                delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+                tl.store(delta_ptr + window_head * TOKENS + rows, delta, mask=is_row)
+                # Rows past the end weigh nothing.
+                lse = tl.load(lse_ptr + window_head * TOKENS + rows, mask=is_row, other=float("inf"))
+            new_sums = ()
+            for c in tl.static_range(CHUNKS):
+                WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
+                FULL: tl.constexpr = TOKENS >= c * COLUMNS + WIDTH
+                column = tl.arange(0, WIDTH)
+                is_column = column < TOKENS - c * COLUMNS
+                k_offsets = row_offsets(column, offs_d, stride_kn * ALIGN, stride_kd)
+                v_offsets = row_offsets(column, offs_d, stride_vn * ALIGN, stride_vd)
+                k_chunk = k_base + tl.cast(stride_kn, tl.int64) * (c * COLUMNS * ALIGN)
+                v_chunk = v_base + tl.cast(stride_vn, tl.int64) * (c * COLUMNS * ALIGN)
+                k = load_rows(k_chunk, k_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                v = load_rows(v_chunk, v_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
+                dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                if STRIPS > 1:
+                    weights = tl.exp2(scores - lse[:, None])
+                else:
+                    largest = tl.maximum(tl.max(scores, 1), FLOOR)
+                    weights = tl.exp2(scores - largest[:, None])
+                    total = tl.sum(weights, 1)
+                    weights *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+                kept = weights
                 if DROPOUT:
-                    keep = dropout_keep(
-                        seed_ptr, window * heads + head, rows[:, None], tail_columns[None, :], threshold
-                    )
-                    tail_dweights = tl.where(keep, tail_dweights * keep_scale, 0.0)
-                delta += tl.sum(tail_weights * tail_dweights, 1)
-            dscores = weights * (dweights - delta[:, None])
-            if NEEDS_BIAS:
-                dbias += dscores
-            dscores = operand(dscores, k, PRECISION)
-            dq = tl.dot(dscores, k, input_precision=PRECISION)
-            if TAIL > 0:
-                tail_dscores = tail_weights * (tail_dweights - delta[:, None])
+                    key = (column + c * COLUMNS)[None, :]
+                    keep = dropout_keep(seed_ptr, window_head, rows[:, None], key, threshold)
+                    dweights = tl.where(keep, dweights * keep_scale, 0.0)
+                    kept = tl.where(keep, weights * keep_scale, 0.0)
+                if STRIPS == 1:
+                    delta = tl.sum(weights * dweights, 1)
+                dscores = weights * (dweights - delta[:, None])
                 if NEEDS_BIAS:
-                    tail_dbias += tail_dscores
-                dq = tl.dot(operand(tail_dscores, tail_k, PRECISION), tail_k, dq, input_precision=PRECISION)
-            dq_base = dq_ptr + (window * stride_dqw + wide_head * stride_dqh) * ALIGN
-            store_rows(dq_base, dq_offsets, dq * scale, rows < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            if STRIPS == 1:
-                dv = tl.dot(tl.trans(operand(kept, dout, PRECISION)), dout, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
-                dk_base = dk_ptr + (window * stride_dkw + wide_head * stride_dkh) * ALIGN
-                dv_base = dv_ptr + (window * stride_dvw + wide_head * stride_dvh) * ALIGN
-                is_key = columns < TOKENS
-                store_rows(dv_base, dv_offsets, dv, is_key, offs_d, HEAD_DIM, BLOCK_D, TOKENS >= MAIN)
-                store_rows(dk_base, dk_offsets, dk * scale, is_key, offs_d, HEAD_DIM, BLOCK_D, TOKENS >= MAIN)
-            else:
-                row_offset = (window * heads + head) * TOKENS + rows
-                lse = tl.where(is_blank, float("inf"), largest + tl.log2(total))
-                tl.store(lse_ptr + row_offset, lse, mask=rows < TOKENS)
-                tl.store(delta_ptr + row_offset, delta, mask=rows < TOKENS)
+                    new_sums = new_sums + (sums[c] + dscores,)
+                dscores = operand(dscores, k, PRECISION)
+                if c == 0:
+                    dq = tl.dot(dscores, k, input_precision=PRECISION)
+                else:
+                    dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
+                if STRIPS == 1:
+                    dv = tl.dot(tl.trans(operand(kept, dout, PRECISION)), dout, input_precision=PRECISION)
+                    dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
+                    dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
+                    dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
+                    dk_offsets = row_offsets(column, offs_d, stride_dkn * ALIGN, stride_dkd)
+                    dv_offsets = row_offsets(column, offs_d, stride_dvn * ALIGN, stride_dvd)
+                    store_rows(dv_base, dv_offsets, dv, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                    store_rows(dk_base, dk_offsets, dk * scale, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            sums = new_sums
+            dq_base = dq_ptr + (window * stride_dqw + head * stride_dqh) * ALIGN
+            store_rows(dq_base, dq_offsets, dq * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
 
     if NEEDS_BIAS:
         tile = partials_ptr + (part.to(tl.int64) * heads + head) * (TOKENS * TOKENS)
-        is_row = (rows < TOKENS)[:, None]
-        tl.store(tile + rows[:, None] * TOKENS + columns[None, :], dbias, mask=is_row & (columns < TOKENS)[None, :])
-        if TAIL > 0:
-            is_pair = is_row & (tail_columns < TOKENS)[None, :]
-            tl.store(tile + rows[:, None] * TOKENS + tail_columns[None, :], tail_dbias, mask=is_pair)
-
-
-@triton.jit
-def _key_gradients(
-    k, v, q, dout, addend, lse, delta, keep, keep_scale, dk, dv, scale_log2,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add what a block of queries, the columns, sends to a strip of keys, the rows."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + addend
-    weights = tl.exp2(scores - lse[None, :])
-    dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    kept = weights
-    if DROPOUT:
-        dweights = tl.where(keep, dweights * keep_scale, 0.0)
-        kept = tl.where(keep, weights * keep_scale, 0.0)
-    dv = tl.dot(operand(kept, dout, PRECISION), dout, dv, input_precision=PRECISION)
-    dscores = weights * (dweights - delta[None, :])
-    dk = tl.dot(operand(dscores, q, PRECISION), q, dk, input_precision=PRECISION)
-    return dk, dv
+        for c in tl.static_range(CHUNKS):
+            WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
+            column = c * COLUMNS + tl.arange(0, WIDTH)
+            is_pair = is_row[:, None] & (column < TOKENS)[None, :]
+            tl.store(tile + rows[:, None] * TOKENS + column[None, :], sums[c], mask=is_pair)
 
 
 @triton.jit(
@@ -220,7 +189,7 @@ def _key_gradients(
     ]
 )  # fmt: skip
 def _window_bwd_keys_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
     stride_vw, stride_vh, stride_vn, stride_vd,
@@ -231,137 +200,133 @@ def _window_bwd_keys_kernel(
     heads, windows, mask_windows, parts, scale, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dv = P^T dout`, `dk = scale dS^T q` of strips of keys; the columns are queries.
+    """`dv = P^T dout`, `dk = scale dS^T q` of strips of keys; columns are queries.
 
     Grid: parts x heads x strips of keys, the last fastest.
     """
     STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
+    CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
     pid = tl.program_id(0)
-    strip, head = pid % STRIPS, pid // STRIPS % heads
-    first, last = part_range(pid // STRIPS // heads, parts, windows)
-    wide_head = head.to(tl.int64)
+    strip, head = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64)
+    part = pid // STRIPS // heads
 
     offs_d = tl.arange(0, BLOCK_D)
     rows = strip * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, MAIN)
-    q_offsets = row_offsets(columns, offs_d, stride_qn * ALIGN, stride_qd)
-    g_offsets = row_offsets(columns, offs_d, stride_gn * ALIGN, stride_gd)
+    is_row = rows < TOKENS
     k_offsets = row_offsets(rows, offs_d, stride_kn * ALIGN, stride_kd)
     v_offsets = row_offsets(rows, offs_d, stride_vn * ALIGN, stride_vd)
     dk_offsets = row_offsets(rows, offs_d, stride_dkn * ALIGN, stride_dkd)
     dv_offsets = row_offsets(rows, offs_d, stride_dvn * ALIGN, stride_dvd)
-    if BIAS > 0:
-        bias_ptr += wide_head * stride_bh
-    bias = addend_tile(bias_ptr, rows[:, None], columns[None, :], stride_bk, stride_bq, TOKENS, BIAS)
-    if TAIL > 0:
-        tail_columns = MAIN + tl.arange(0, TAIL)
-        tail_q_offsets = row_offsets(tail_columns, offs_d, stride_qn * ALIGN, stride_qd)
-        tail_g_offsets = row_offsets(tail_columns, offs_d, stride_gn * ALIGN, stride_gd)
-        tail_bias = addend_tile(bias_ptr, rows[:, None], tail_columns[None, :], stride_bk, stride_bq, TOKENS, BIAS)
-
-    images = windows // mask_windows
-    for mask_window in range(first // images, (last - 1) // images + 1):
-        addend = bias
-        if TAIL > 0:
-            tail_addend = tail_bias
-        if MASK > 0:
-            tile_ptr = mask_ptr + tl.cast(mask_window, tl.int64) * stride_mw
-            addend += addend_tile(tile_ptr, rows[:, None], columns[None, :], stride_mk, stride_mq, TOKENS, MASK)
-            if TAIL > 0:
-                tail_addend += addend_tile(
-                    tile_ptr, rows[:, None], tail_columns[None, :], stride_mk, stride_mq, TOKENS, MASK
-                )
-        start = mask_window * images
-        for item in range(tl.maximum(first, start), tl.minimum(last, start + images)):
-            window = tl.cast((item - start) * mask_windows + mask_window, tl.int64)
+    bias = addend_tiles(
+        bias_ptr, head * stride_bh, rows, stride_bk, stride_bq, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
+    )
+    first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
+    for group in range(first_group, last_group):
+        addends = add_mask_tiles(
+            bias, mask_ptr, group, rows, stride_mw, stride_mk, stride_mq, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, MASK
+        )
+        begin, end, step = walk(group, part, parts, windows, mask_windows, MASK)
+        for item in range(begin, end, step):
+            window = tl.cast(item, tl.int64)
             window_head = window * heads + head
-            q_base = q_ptr + (window * stride_qw + wide_head * stride_qh) * ALIGN
-            k_base = k_ptr + (window * stride_kw + wide_head * stride_kh) * ALIGN
-            v_base = v_ptr + (window * stride_vw + wide_head * stride_vh) * ALIGN
-            g_base = dout_ptr + (window * stride_gw + wide_head * stride_gh) * ALIGN
-            k = load_rows(k_base, k_offsets, rows < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            v = load_rows(v_base, v_offsets, rows < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            q = load_rows(q_base, q_offsets, columns < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS >= MAIN)
-            dout = load_rows(g_base, g_offsets, columns < TOKENS, offs_d, HEAD_DIM, BLOCK_D, TOKENS >= MAIN)
-            # Queries past the end weigh nothing.
-            row_offset = window_head * TOKENS + columns
-            lse = tl.load(lse_ptr + row_offset, mask=columns < TOKENS, other=float("inf"))
-            delta = tl.load(delta_ptr + row_offset, mask=columns < TOKENS, other=0.0)
-            keep = True
-            if DROPOUT:
-                keep = dropout_keep(seed_ptr, window_head, columns[None, :], rows[:, None], threshold)
-            dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            dk, dv = _key_gradients(
-                k, v, q, dout, addend, lse, delta, keep, keep_scale, dk, dv, scale_log2, DROPOUT, PRECISION
-            )
-            if TAIL > 0:
-                is_tail = tail_columns < TOKENS
-                q = load_rows(q_base, tail_q_offsets, is_tail, offs_d, HEAD_DIM, BLOCK_D, TOKENS == MAIN + TAIL)
-                dout = load_rows(g_base, tail_g_offsets, is_tail, offs_d, HEAD_DIM, BLOCK_D, TOKENS == MAIN + TAIL)
-                row_offset = window_head * TOKENS + tail_columns
-                lse = tl.load(lse_ptr + row_offset, mask=is_tail, other=float("inf"))
-                delta = tl.load(delta_ptr + row_offset, mask=is_tail, other=0.0)
+            q_base = q_ptr + (window * stride_qw + head * stride_qh) * ALIGN
+            k_base = k_ptr + (window * stride_kw + head * stride_kh) * ALIGN
+            v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
+            g_base = dout_ptr + (window * stride_gw + head * stride_gh) * ALIGN
+            k = load_rows(k_base, k_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            v = load_rows(v_base, v_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            for c in tl.static_range(CHUNKS):
+                WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
+                FULL: tl.constexpr = TOKENS >= c * COLUMNS + WIDTH
+                column = tl.arange(0, WIDTH)
+                is_column = column < TOKENS - c * COLUMNS
+                q_offsets = row_offsets(column, offs_d, stride_qn * ALIGN, stride_qd)
+                g_offsets = row_offsets(column, offs_d, stride_gn * ALIGN, stride_gd)
+                q_chunk = q_base + tl.cast(stride_qn, tl.int64) * (c * COLUMNS * ALIGN)
+                g_chunk = g_base + tl.cast(stride_gn, tl.int64) * (c * COLUMNS * ALIGN)
+                q = load_rows(q_chunk, q_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                dout = load_rows(g_chunk, g_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                # Queries past the end weigh nothing.
+                row = window_head * TOKENS + c * COLUMNS + column
+                lse = tl.load(lse_ptr + row, mask=is_column, other=float("inf"))
+                delta = tl.load(delta_ptr + row, mask=is_column, other=0.0)
+                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + addends[c]
+                weights = tl.exp2(scores - lse[None, :])
+                dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                kept = weights
                 if DROPOUT:
-                    keep = dropout_keep(seed_ptr, window_head, tail_columns[None, :], rows[:, None], threshold)
-                dk, dv = _key_gradients(
-                    k, v, q, dout, tail_addend, lse, delta, keep, keep_scale, dk, dv, scale_log2, DROPOUT, PRECISION
-                )
-            dk_base = dk_ptr + (window * stride_dkw + wide_head * stride_dkh) * ALIGN
-            dv_base = dv_ptr + (window * stride_dvw + wide_head * stride_dvh) * ALIGN
-            is_row = rows < TOKENS
+                    query = (column + c * COLUMNS)[None, :]
+                    keep = dropout_keep(seed_ptr, window_head, query, rows[:, None], threshold)
+                    dweights = tl.where(keep, dweights * keep_scale, 0.0)
+                    kept = tl.where(keep, weights * keep_scale, 0.0)
+                dscores = operand(weights * (dweights - delta[None, :]), q, PRECISION)
+                kept = operand(kept, dout, PRECISION)
+                if c == 0:
+                    dv = tl.dot(kept, dout, input_precision=PRECISION)
+                    dk = tl.dot(dscores, q, input_precision=PRECISION)
+                else:
+                    dv = tl.dot(kept, dout, dv, input_precision=PRECISION)
+                    dk = tl.dot(dscores, q, dk, input_precision=PRECISION)
+            dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
+            dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
             store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
             store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
 
 
 def launch_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, scale: float, dropout_p: float, needs_bias: bool,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, lse: Tensor | None,
+    bias: Tensor | None, mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value and bias (empty unless `needs_bias`); arguments as the operator's."""
     windows, heads, tokens, head_dim = query.shape
     dq, dk, dv = (torch.empty_like(tensor) for tensor in (query, key, value))
     if query.numel() == 0:
-        return dq, dk, dv, query.new_zeros((heads, tokens, tokens) if needs_bias else 0, dtype=bias.dtype)
+        return (
+            dq,
+            dk,
+            dv,
+            query.new_zeros((heads, tokens, tokens), dtype=bias.dtype) if needs_bias else query.new_empty(0),
+        )
     tile = choose_rows(query.dtype, tokens, head_dim)
     strips = -(-tokens // tile.rows)
     parts = count_parts(query.device, tile, windows, heads * strips)
-    tensors = (query, key, value, dout, dq, dk, dv)
+    tensors = (query, key, value, dout, query if out is None else out, dq, dk, dv)
     outer = [outer_strides(tensor) for tensor in tensors]
     align = stride_alignment(*(stride for strides in outer for stride in strides))
-    q, k, v, g, *outs = (
-        [*(s // align for s in strides), tensor.stride(3)] for strides, tensor in zip(outer, tensors, strict=True)
-    )
+    strides = [
+        [*(s // align for s in of_tensor), tensor.stride(3)] for of_tensor, tensor in zip(outer, tensors, strict=True)
+    ]
     addend_strides = [
         *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride())
     ]  # fmt: skip
     threshold, keep_scale = dropout_numbers(dropout_p)
-    numbers = [scale, scale * LOG2E.value, threshold, keep_scale]
-    mask_windows = 1 if mask is None else mask.shape[0]
+    numbers = [heads, windows, 1 if mask is None else mask.shape[0]]
+    factors = [scale, scale * LOG2E.value, threshold, keep_scale]
     constants = {
         "BIAS": addend_kind(bias), "MASK": addend_kind(mask), "DROPOUT": seed is not None, "ALIGN": align,
         "TOKENS": tokens, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
     partials = query.new_empty((parts, heads, tokens, tokens), dtype=torch.float32) if needs_bias else None
-    lse, delta = query.new_empty((2, windows, heads, tokens), dtype=torch.float32) if strips > 1 else (None, None)
+    delta = None if lse is None else torch.empty_like(lse)
     with device_of(query):
         _window_bwd_rows_kernel[(parts * heads * strips,)](
-            query, key, value, dout, dq, dk, dv, bias, addend_pointer(mask), seed, partials, lse, delta,
-            *q, *k, *v, *g, *outs[0], *outs[1], *outs[2], *addend_strides, heads, windows, mask_windows, parts,
-            *numbers, NEEDS_BIAS=needs_bias, ROWS=tile.rows, MAIN=tile.main, TAIL=tile.tail,
+            query, key, value, dout, out, lse, dq, dk, dv, bias, addend_pointer(mask), seed, partials, delta,
+            *(stride for of_tensor in strides for stride in of_tensor), *addend_strides, *numbers, parts, *factors,
+            NEEDS_BIAS=needs_bias, ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail,
             num_warps=tile.warps, num_stages=tile.stages, **constants,
         )  # fmt: skip
         if strips > 1:
             tile = choose_keys(query.dtype, tokens, head_dim)
-            strips = -(-tokens // tile.rows)
-            parts = count_parts(query.device, tile, windows, heads * strips)
-            _window_bwd_keys_kernel[(parts * heads * strips,)](
-                query, key, value, dout, dk, dv, bias, addend_pointer(mask), seed, lse, delta,
-                *q, *k, *v, *g, *outs[1], *outs[2], *addend_strides, heads, windows, mask_windows, parts,
-                *numbers, ROWS=tile.rows, MAIN=tile.main, TAIL=tile.tail,
+            strips_of_keys = -(-tokens // tile.rows)
+            parts = count_parts(query.device, tile, windows, heads * strips_of_keys)
+            _window_bwd_keys_kernel[(parts * heads * strips_of_keys,)](
+                query, key, value, dout, lse, delta, dk, dv, bias, addend_pointer(mask), seed,
+                *(stride for of_tensor in (*strides[:4], *strides[6:]) for stride in of_tensor), *addend_strides,
+                *numbers, parts, *factors, ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail,
                 num_warps=tile.warps, num_stages=tile.stages, **constants,
             )  # fmt: skip
     return dq, dk, dv, query.new_empty(0) if partials is None else fold_partials(partials, bias.dtype)
