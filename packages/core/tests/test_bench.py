@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitreous_core.bench import attention, core_cases, host_tables, measure, render
+from vitreous_core.bench import attention, core_cases, first_calls, host_tables, measure, render
 from vitreous_core.bench.case import Case, Gate, Goal, Prepared, Provider, Unavailable, Work
 from vitreous_core.bench.command import cases_of, main, suites
 from vitreous_core.bench.rows import append_row, environment, read_rows, row_file
@@ -295,6 +295,16 @@ def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch)
         host_tables.timed_apart(dier, (), 30.0)
 
 
+def test_a_cold_curve_pays_for_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_calls, "_COLD_CURVES", 1)
+    curve = host_tables.CurveProblem(8, 8)
+    (cold,) = first_calls.COLD_CURVE.prepare(first_calls.ColdCurveProblem(curve), CPU).samples_ms[host_tables.BUILD]
+    # Importing Numba alone takes longer than a thousand of these orders.
+    step = host_tables.NUMBA_CURVE.prepare(curve, CPU).steps[host_tables.BUILD]
+    step()
+    assert cold > measure.WallClock(CPU).samples_ms(step, 5)[2]
+
+
 # Cases and the command.
 
 
@@ -311,7 +321,7 @@ def test_core_cases_are_well_formed() -> None:
             assert goal.over is None or goal.over in names
             assert (goal.kind == "speed-up") == (goal.over is not None)
     marks = {case.mark for case in cases}
-    assert marks == {"H1", "H2", "H3", "H4", "H5", "H6", "smoke"}
+    assert marks == {"H1", "H2", "H3", "H4", "H5", "H6", "first-call", "smoke"}
     # The H1 table: six patterns, three sizes.
     assert sum(case.mark == "H1" for case in cases) == 18
 

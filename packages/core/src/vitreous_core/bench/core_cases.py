@@ -1,4 +1,4 @@
-"""Core's cases: the marks H1 to H6 of the block-sparse attention, its layouts and its curves."""
+"""Core's cases: the marks H1 to H6 of the block-sparse attention, its layouts and its curves, and first calls."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .attention import (
     windowed,
 )
 from .case import Case, Goal
+from .first_calls import BACKWARD, COLD_CURVE, FIRST_CALL, ColdCurveProblem, FirstCallProblem
 from .host_tables import (
     BUILD,
     CREATE_BLOCK_MASK,
@@ -44,7 +45,7 @@ def cases() -> Sequence[Case]:
     """All of them."""
     return [
         *flex_cases(), *window_cases(), *slide_cases(), *neighborhood_cases(), *layout_cases(), *mask_cases(),
-        *curve_cases(), *smoke_cases(),
+        *curve_cases(), *first_call_cases(), *smoke_cases(),
     ]  # fmt: skip
 
 
@@ -163,6 +164,24 @@ def curve_cases() -> Iterator[Case]:
             asked = [*asked, Goal(BUILD, "milliseconds", 10.0)]
         yield Case(f"H6/hilbert/{height}x{width}", "H6", CurveProblem(height, width), providers, (BUILD,), "cpu",
                    "numba", tuple(asked))  # fmt: skip
+
+
+def first_call_cases() -> Iterator[Case]:
+    """What compiling costs: classes of dtype, head dimension and bias that bring kernels of their own."""
+    goals = tuple(Goal(mode, "milliseconds", 3000.0) for mode in (FORWARD, BACKWARD))
+    for dtype, head_dim, kernel in (
+        ("float16", 64, None), ("float16", 64, 9), ("float16", 128, 9), ("float16", 256, 9),
+        ("float32", 64, None), ("float32", 64, 9), ("float32", 128, 9), ("float32", 256, 9),
+    ):  # fmt: skip
+        bias_extent = None if kernel is None else (kernel, kernel)
+        problem = AttentionProblem(
+            Neighborhood2d(9), 64, 64, "hilbert", batch=1, head_dim=head_dim, dtype=dtype, bias_extent=bias_extent
+        )
+        name = f"first-call/na2d-{dtype}-{head_dim}{'' if kernel is None else '-bias'}/64"
+        yield Case(name, "first-call", FirstCallProblem(problem), (FIRST_CALL,), (FORWARD, BACKWARD), goals=goals,
+                   clock="wall")  # fmt: skip
+    yield Case("first-call/hilbert/1024x1024", "first-call", ColdCurveProblem(CurveProblem(1024, 1024)), (COLD_CURVE,),
+               (BUILD,), "cpu", "numba", (Goal(BUILD, "milliseconds", 2000.0),), clock="wall")  # fmt: skip
 
 
 def smoke_cases() -> Iterator[Case]:

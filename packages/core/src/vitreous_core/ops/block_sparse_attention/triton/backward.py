@@ -25,8 +25,9 @@ from .arguments import (
     mask_level,
     padded_head_dim,
 )
-from .bias_gradient import launch_bias_gradient
-from .configs import Tile
+from .bias_gradient import bias_gradient, in_shape_of_bias
+from .configs import Tile, for_precision
+from .launches import Launch, launch_all
 from .primitives import (
     LOG2E,
     bias_code,
@@ -283,46 +284,60 @@ def launch_backward(
     delta = torch.empty_like(lse)
     of_bias = bias_arguments(bias, cells, tables, facts, length, scale)
     numbers = (length, facts.height, facts.width, scale, scale * LOG2E.value, *dropout_numbers(dropout_p))
+    precision = dot_precision(query.dtype)
     constants = {
         "GEOMETRY": facts.geometry, "HAS_POSITION": len(tables.position) > 0, "BIAS": of_bias.kind,
         "DROPOUT": dropout_p > 0, "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim), "PRECISION": dot_precision(query.dtype),
+        "BLOCK_D": padded_head_dim(head_dim), "PRECISION": precision,
     }  # fmt: skip
-    _, of_dq, of_dkv, closed, _ = (Tile(*tiling[i : i + 4]) for i in range(0, 20, 4))
+    _, of_dq, of_dkv, closed, of_dbias = (Tile(*tiling[i : i + 4]) for i in range(0, 20, 4))
+    of_dq, of_dkv, of_dbias = (for_precision(tile, head_dim, precision) for tile in (of_dq, of_dkv, of_dbias))
     group = heads // key.shape[1]
-    with device_of(query):
-        if closed.rows:
-            tiles = tables.closed_tiles
-            _bsa_bwd_closed_kernel[(len(tiles) * batch * heads,)](
+    if closed.rows:
+        tiles = tables.closed_tiles
+        launches = [Launch(
+            _bsa_bwd_closed_kernel, (len(tiles) * batch * heads,),
+            (
                 query, key, value, dout, lse, delta, dq, dk, dv, *of_bias.pointers, seed,
                 tiles, tables.query_bounds, tables.position,
                 *query.stride(), *key.stride(), *value.stride(), *dout.stride(),
                 *dq.stride(), *dk.stride(), *dv.stride(), *of_bias.numbers, heads, len(tiles), *numbers,
-                MASK=mask_level(facts.closed_steps, closed.columns), BLOCK_M=closed.rows, num_warps=closed.warps,
-                num_stages=closed.stages, **constants,
-            )  # fmt: skip
-        else:
-            tiles = tables.dq_tiles
-            _bsa_bwd_dq_kernel[(len(tiles) * batch * heads,)](
+            ),
+            {"MASK": mask_level(facts.closed_steps, closed.columns), "BLOCK_M": closed.rows, **constants},
+            closed,
+        )]  # fmt: skip
+    else:
+        tiles, key_tiles = tables.dq_tiles, tables.dkv_tiles
+        launches = [Launch(
+            _bsa_bwd_dq_kernel, (len(tiles) * batch * heads,),
+            (
                 query, key, value, out, dout, lse, delta, dq, *of_bias.pointers, seed,
                 tiles, tables.query_bounds, tables.query_bits, tables.position,
                 *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(), *dq.stride(),
                 *of_bias.numbers, heads, group, len(tiles), *numbers,
-                MASK=mask_level(facts.dq_steps, of_dq.columns), BLOCK_M=of_dq.rows, BLOCK_N=of_dq.columns,
-                num_warps=of_dq.warps, num_stages=of_dq.stages, **constants,
-            )  # fmt: skip
-            tiles = tables.dkv_tiles
-            _bsa_bwd_dkv_kernel[(len(tiles) * batch * key.shape[1],)](
+            ),
+            {"MASK": mask_level(facts.dq_steps, of_dq.columns), "BLOCK_M": of_dq.rows, "BLOCK_N": of_dq.columns,
+             **constants},
+            of_dq,
+        ), Launch(
+            _bsa_bwd_dkv_kernel, (len(key_tiles) * batch * key.shape[1],),
+            (
                 query, key, value, dout, lse, delta, dk, dv, *of_bias.pointers, seed,
-                tiles, tables.key_bounds, tables.key_bits, tables.position,
+                key_tiles, tables.key_bounds, tables.key_bits, tables.position,
                 *query.stride(), *key.stride(), *value.stride(), *dout.stride(), *dk.stride(), *dv.stride(),
-                *of_bias.numbers, heads, len(tiles), *numbers,
-                MASK=mask_level(facts.dkv_steps, of_dkv.columns), GROUP=group, BLOCK_M=of_dkv.rows,
-                BLOCK_N=of_dkv.columns, num_warps=of_dkv.warps, num_stages=of_dkv.stages, **constants,
-            )  # fmt: skip
+                *of_bias.numbers, heads, len(key_tiles), *numbers,
+            ),
+            {"MASK": mask_level(facts.dkv_steps, of_dkv.columns), "GROUP": group, "BLOCK_M": of_dkv.rows,
+             "BLOCK_N": of_dkv.columns, **constants},
+            of_dkv,
+        )]  # fmt: skip
+    with device_of(query):
         if needs_bias:
-            dbias = launch_bias_gradient(
-                dout, query, key, value, lse, delta, bias, of_bias, seed, tables, facts,
-                Tile(*tiling[16:20]), scale, dropout_p,
+            gradient, summing = bias_gradient(
+                dout, query, key, value, lse, delta, of_bias, seed, tables, facts, of_dbias, scale, dropout_p,
             )  # fmt: skip
+            launches += summing
+        launch_all(launches, query.device)
+        if needs_bias:
+            dbias = in_shape_of_bias(gradient, bias, facts)
     return dq, dk, dv, dbias

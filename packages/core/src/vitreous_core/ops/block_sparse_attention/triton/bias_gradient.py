@@ -23,6 +23,7 @@ from ....schedule import BLOCKS as BLOCKS_GEOMETRY
 from ..contracts import CELL_BIAS, DENSE_BIAS, DISTANCE_BIAS, Facts, Tables
 from .arguments import BiasArguments, cache, dot_precision, dropout_numbers, mask_level, padded_head_dim
 from .configs import Tile
+from .launches import Launch
 from .primitives import (
     DENSE,
     LOG2E,
@@ -46,6 +47,8 @@ _STEPS_PER_PROGRAM = 16
 
 _LARGEST_WORKSPACE = 2**27
 """Floats of partial tiles; above it heads take turns."""
+
+_FOLD, _SUM = Tile(0, 0, 4, 1), Tile(0, 0, 1, 1)
 
 
 @triton.jit
@@ -158,48 +161,61 @@ def _bsa_bias_sum_kernel(
     tl.store(out_ptr + (first_head + head) * entries + tl.load(entry_ptr + row), tl.sum(total, 0))
 
 
-def launch_bias_gradient(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, bias: Tensor,
-    of_bias: BiasArguments, seed: Tensor | None, tables: Tables, facts: Facts, tile: Tile, scale: float,
-    dropout_p: float,
-) -> Tensor:  # fmt: skip
-    """Gradient of the bias in its own shape and dtype; see the module's text."""
+def bias_gradient(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, of_bias: BiasArguments,
+    seed: Tensor | None, tables: Tables, facts: Facts, tile: Tile, scale: float, dropout_p: float,
+) -> tuple[Tensor, list[Launch]]:  # fmt: skip
+    """A tensor `[H, entries]` (dense: `[H, L, L]`) fp32, and the launches that leave the gradient in it."""
     batch, heads, length, head_dim = query.shape
     is_dense = facts.bias == DENSE_BIAS
     shape = of_bias.table.shape
     plan = _plan(tables, facts, of_bias, length, batch * heads, tile)
-    items, slots = len(plan.items), tile.rows * tile.columns
+    items, places, slots = len(plan.items), max(len(plan.first_item) - 1, 0), tile.rows * tile.columns
     wanted = _programs(plan.steps * batch * heads)
     splits = 1 if is_dense else max(1, min(batch, wanted // max(items * heads, 1)))
     turn = heads if is_dense else max(1, min(heads, _LARGEST_WORKSPACE // max(splits * items * slots, 1)))
     gradient = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    # Turns follow each other on the stream and share their workspace.
+    partial = gradient if is_dense else gradient.new_empty(splits * turn * items * slots)
+    is_folded = items * splits > places
+    folded = gradient.new_empty(places * turn * slots) if is_folded and not is_dense else partial
+    launches = []
     for first_head in range(0, heads if items else 0, turn):
         launched = min(turn, heads - first_head)
-        partial = gradient if is_dense else gradient.new_empty(splits * launched * items * slots)
-        _bsa_bwd_bias_kernel[(items * launched * splits,)](
-            query, key, value, dout, lse, delta, partial, *of_bias.pointers, seed,
-            plan.items, plan.members, tables.bias_tiles, tables.query_bounds, tables.query_bits, tables.position,
-            *query.stride(), *key.stride(), *value.stride(), *dout.stride(), *of_bias.numbers,
-            first_head, launched, batch, splits, heads, heads // key.shape[1], items, length, facts.height,
-            facts.width, scale * LOG2E.value, *dropout_numbers(dropout_p),
-            GEOMETRY=facts.geometry, MASK=mask_level(facts.bias_steps, tile.columns),
-            HAS_POSITION=len(tables.position) > 0, BIAS=of_bias.kind, DROPOUT=dropout_p > 0, HEAD_DIM=head_dim,
-            BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        launches.append(Launch(
+            _bsa_bwd_bias_kernel, (items * launched * splits,),
+            (
+                query, key, value, dout, lse, delta, partial, *of_bias.pointers, seed,
+                plan.items, plan.members, tables.bias_tiles, tables.query_bounds, tables.query_bits, tables.position,
+                *query.stride(), *key.stride(), *value.stride(), *dout.stride(), *of_bias.numbers,
+                first_head, launched, batch, splits, heads, heads // key.shape[1], items, length, facts.height,
+                facts.width, scale * LOG2E.value, *dropout_numbers(dropout_p),
+            ),
+            {
+                "GEOMETRY": facts.geometry, "MASK": mask_level(facts.bias_steps, tile.columns),
+                "HAS_POSITION": len(tables.position) > 0, "BIAS": of_bias.kind, "DROPOUT": dropout_p > 0,
+                "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": tile.rows,
+                "BLOCK_N": tile.columns, "PRECISION": dot_precision(query.dtype),
+            },
+            tile,
+        ))  # fmt: skip
         if is_dense:
-            break
-        places = len(plan.first_item) - 1
-        if items * splits > places:
-            folded = gradient.new_empty(places * launched * slots)
-            _bsa_bias_fold_kernel[(places * launched, slots // 512)](
-                partial, folded, plan.first_item, splits, launched, SLOTS=slots, BLOCK=512, num_warps=4
-            )
-            partial = folded
-        _bsa_bias_sum_kernel[(len(plan.entries), launched)](
-            partial, plan.slots, plan.first_slot, plan.entries, gradient, first_head, launched, shape[1],
-            SLOTS=slots, BLOCK=128, num_warps=1,
-        )  # fmt: skip
+            continue
+        if is_folded:
+            launches.append(Launch(
+                _bsa_bias_fold_kernel, (places * launched, slots // 512),
+                (partial, folded, plan.first_item, splits, launched), {"SLOTS": slots, "BLOCK": 512}, _FOLD,
+            ))  # fmt: skip
+        launches.append(Launch(
+            _bsa_bias_sum_kernel, (len(plan.entries), launched),
+            (folded, plan.slots, plan.first_slot, plan.entries, gradient, first_head, launched, shape[1]),
+            {"SLOTS": slots, "BLOCK": 128}, _SUM,
+        ))  # fmt: skip
+    return gradient, launches
+
+
+def in_shape_of_bias(gradient: Tensor, bias: Tensor, facts: Facts) -> Tensor:
+    """What `bias_gradient` left, in the bias's own shape and dtype."""
     if facts.bias == CELL_BIAS:
         gradient = gradient.t()
     return gradient.to(bias.dtype).contiguous()

@@ -70,6 +70,16 @@ def choose(dtype: torch.dtype, head_dim: int, schedule: Schedule, groups: int, h
     largest = _CLOSED_SINGLE if dtype == torch.float32 else _CLOSED_HALF
     for rows in (64, 128):
         if groups == 1 and schedule.queries.at(rows).closed and rows * head_dim <= largest:
-            closed = Tile(rows, rows, 4 if rows == 64 else 8, 1)
+            closed = Tile(rows, rows, 16 if dtype == torch.float32 else rows // 16, 1)
             break
     return Config(forward, dq, dkv, closed, bias)
+
+
+def for_precision(tile: Tile, head_dim: int, precision: str) -> Tile:
+    """The tile that a launch uses, with the same rows: what IEEE products of fp32 need is known only then.
+
+    They are unrolled into multiply-adds. Many per thread take seconds to compile, and those of a 64 x 64 tile spill.
+    """
+    if precision != "ieee":
+        return tile
+    return tile._replace(columns=min(tile.columns, 32), warps=8 if head_dim <= 128 else 16)

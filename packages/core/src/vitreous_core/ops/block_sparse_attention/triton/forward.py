@@ -20,7 +20,7 @@ from .arguments import (
     mask_level,
     padded_head_dim,
 )
-from .configs import Tile
+from .configs import Tile, for_precision
 from .primitives import (
     HIDDEN,
     LOG2E,
@@ -129,7 +129,8 @@ def launch_forward(
     if not query.numel():
         return out, lse
     of_bias = bias_arguments(bias, cells, tables, facts, length, scale)
-    tile, tiles = Tile(*tiling[:4]), tables.forward_tiles
+    precision = dot_precision(query.dtype)
+    tile, tiles = for_precision(Tile(*tiling[:4]), head_dim, precision), tables.forward_tiles
     with device_of(query):
         _bsa_fwd_kernel[(len(tiles) * batch * heads,)](
             query, key, value, out, lse, *of_bias.pointers, seed,
@@ -141,6 +142,6 @@ def launch_forward(
             GEOMETRY=facts.geometry, MASK=mask_level(facts.forward_steps, tile.columns),
             HAS_POSITION=len(tables.position) > 0, BIAS=of_bias.kind, DROPOUT=dropout_p > 0,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse

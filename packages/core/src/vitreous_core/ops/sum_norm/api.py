@@ -1,0 +1,165 @@
+"""The public function and module: contract, plain path, derivative and choice of backend.
+
+A pre-norm transformer block adds a branch to its tokens and normalises the sum. In eager PyTorch under autocast that is
+a scaling, a sum, a layer norm in fp32 and a cast, each a pass over memory, and at the few channels of early vision
+stages the layer norm alone takes several times as long as its memory traffic. Here it is one kernel each way.
+Layer norm: Ba et al., arXiv 1607.06450; stochastic depth: Huang et al., arXiv 1603.09382.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ...errors import BackendUnsupported
+
+Backend = Literal["auto", "torch", "triton"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_CHANNELS = 8192
+_LOWEST_CAPABILITY = (8, 0)
+
+
+def sum_norm(
+    shortcut: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    factor: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`tokens = shortcut + factor * branch` and its layer norm over the last axis.
+
+    Args:
+        shortcut: `[B, ..., C]`.
+        branch: of the same shape, any floating dtype; None adds nothing. Use the tokens returned even then: their
+            gradient and that of the norm are summed inside the kernel.
+        weight, bias: `[C]`.
+        factor: fp32 `[B]`, a factor for each sample (stochastic depth); gets no gradient. None is 1.
+        eps: added to the variance.
+        backend: `"torch"` (plain operations, differentiable twice), `"triton"`, or `"auto"`: Triton on a GPU where it
+            takes the problem, except under `torch.compile`, which fuses the plain operations with their neighbours.
+
+    Returns:
+        The tokens in the dtype of `shortcut`, and the norm in that of autocast where it is on, else in the tokens'.
+
+    Raises:
+        ValueError: for shapes that do not fit together or an unknown backend.
+        BackendUnsupported: when `backend="triton"` cannot run this.
+
+    Numerics: sums and statistics in fp32 (fp64 for fp64); the norm is that of the rounded tokens.
+    """
+    _check(shortcut, branch, weight, bias, factor)
+    kind = shortcut.device.type
+    dtype = shortcut.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    if backend == "auto":
+        plain = torch.compiler.is_compiling() or not shortcut.is_cuda or unsupported_reasons(shortcut, branch, weight)
+        backend = "torch" if plain else "triton"
+    if backend == "torch":
+        return _plain(shortcut, branch, weight, bias, factor, eps, dtype)
+    if backend != "triton":
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton'; got {backend!r}")
+    reasons = unsupported_reasons(shortcut, branch, weight)
+    if reasons:
+        raise BackendUnsupported(backend, reasons)
+    return _SumNorm.apply(shortcut, branch, weight, bias, factor, eps, dtype)
+
+
+def unsupported_reasons(shortcut: Tensor, branch: Tensor | None, weight: Tensor) -> list[str]:
+    """Why the Triton kernels cannot run this; empty when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return ["the package triton is not installed"]
+    from triton import knobs
+
+    reasons = []
+    if shortcut.is_cuda:
+        capability = torch.cuda.get_device_capability(shortcut.device)
+        if capability < _LOWEST_CAPABILITY:
+            reasons.append(f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}")
+    elif not knobs.runtime.interpret:
+        reasons.append(f"tensors must be on a CUDA device; got {shortcut.device}")
+    for name, tensor in (("shortcut", shortcut), ("branch", branch), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            reasons.append(f"{name} must be float16, bfloat16 or float32; got {tensor.dtype}")
+    if shortcut.shape[-1] > _MOST_CHANNELS:
+        reasons.append(f"channels must be at most {_MOST_CHANNELS}; got {shortcut.shape[-1]}")
+    return reasons
+
+
+class SumNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over channels, of the sum of a shortcut and a branch; see `sum_norm`.
+
+    Same parameters and state as `nn.LayerNorm(channels, eps)`.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps)
+
+    def forward(  # type: ignore[override]  # a norm of a sum has more arguments
+        self, shortcut: Tensor, branch: Tensor | None = None, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum and its norm."""
+        return sum_norm(shortcut, branch, self.weight, self.bias, factor=factor, eps=self.eps)
+
+
+def _plain(
+    shortcut: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, factor: Tensor | None, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens = shortcut
+    if branch is not None:
+        if factor is not None:
+            branch = branch * factor.view(-1, *[1] * (branch.ndim - 1))
+        tokens = (shortcut + branch).to(shortcut.dtype)
+    return tokens, F.layer_norm(tokens, weight.shape, weight, bias, eps).to(dtype)
+
+
+class _SumNorm(torch.autograd.Function):
+    """Saves the tokens and the parameters; the statistics are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shortcut: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, factor: Tensor | None,
+        eps: float, dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        from .kernels import launch_forward
+
+        tokens, normed = launch_forward(shortcut, branch, weight, bias, factor, eps, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.branch_dtype = eps, None if branch is None else branch.dtype
+        ctx.save_for_backward(tokens, weight, bias, factor)
+        return tokens, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtokens: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
+        from .kernels import launch_backward
+
+        tokens, weight, bias, factor = ctx.saved_tensors
+        gradients = launch_backward(dtokens, dnormed, tokens, weight, bias, factor, ctx.eps, ctx.branch_dtype)
+        return *gradients, None, None, None
+
+
+def _check(shortcut: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, factor: Tensor | None) -> None:
+    channels = (shortcut.shape[-1],)
+    if weight.shape != channels or bias.shape != channels:
+        raise ValueError(
+            f"weight and bias must have shape {channels}, the channels of shortcut; "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    if branch is not None and branch.shape != shortcut.shape:
+        raise ValueError(f"branch must have the shape of shortcut, {tuple(shortcut.shape)}; got {tuple(branch.shape)}")
+    if factor is not None and (branch is None or factor.shape != shortcut.shape[:1]):
+        raise ValueError(
+            f"factor must have shape {tuple(shortcut.shape[:1])}, one for each sample of a branch; "
+            f"got {tuple(factor.shape)}{'' if branch is not None else ' without a branch'}"
+        )

@@ -1,0 +1,67 @@
+"""Launching the kernels of a pass: what is new compiles first, all launches keep their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from vitreous_core.ops.block_sparse_attention.triton import configs, launches
+
+
+class Recorder:
+    """Stands for a compiled function and writes down what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def warmup(self, *arguments: Any, **settings: Any) -> None:
+        self.log.append(f"compile {self.name} {settings['BLOCK']}")
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **settings: self.log.append(f"launch {self.name} {settings['BLOCK']}")
+
+
+def launch(kernel: Recorder, block: int, dtype: torch.dtype = torch.float16) -> launches.Launch:
+    tile = configs.Tile(64, 64, 4, 2)
+    return launches.Launch(kernel, (1,), (torch.empty(1, dtype=dtype), 3), {"BLOCK": block}, tile)
+
+
+def test_new_kernels_compile_before_the_first_launch_and_only_once() -> None:
+    log: list[str] = []
+    first, second = Recorder("first", log), Recorder("second", log)
+    pair = [launch(first, 1), launch(second, 2)]
+    launches.launch_all(pair, torch.device("cuda"))
+    assert log == ["compile first 1", "compile second 2", "launch first 1", "launch second 2"]
+    log.clear()
+    launches.launch_all(pair, torch.device("cuda"))
+    assert log == ["launch first 1", "launch second 2"]
+    log.clear()
+    launches.launch_all([launch(first, 1, torch.float32), launch(second, 3)], torch.device("cuda"))
+    assert log == ["compile first 1", "compile second 3", "launch first 1", "launch second 3"]
+
+
+def test_a_lone_new_kernel_compiles_at_its_launch() -> None:
+    log: list[str] = []
+    launches.launch_all([launch(Recorder("only", log), 1)], torch.device("cuda"))
+    assert log == ["launch only 1"]
+
+
+def test_the_interpreter_compiles_nothing() -> None:
+    log: list[str] = []
+    launches.launch_all([launch(Recorder(name, log), 1) for name in "ab"], torch.device("cpu"))
+    assert log == ["launch a 1", "launch b 1"]
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_a_precision_changes_no_rows(head_dim: int) -> None:
+    """Tables are cut by rows before the precision is known."""
+    tile = configs.Tile(64, 64, 4, 1)
+    light = configs.for_precision(tile, head_dim, "ieee")
+    assert light.rows == tile.rows
+    # Multiply-adds per thread of one product.
+    assert light.rows * light.columns * head_dim / (32 * light.warps) <= 64 * 32 * 256 / 512
+    assert configs.for_precision(tile, head_dim, "tf32") == tile
