@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import contracts, reference
+from . import contracts, contracts_shifted, reference
 from .backends import Backend, Problem, resolve
 from .reference import accumulation_dtype
 
@@ -181,9 +181,10 @@ def shifted_window_attention(
     head_dim = channels // num_heads
     scale = _checked_scale(scale, head_dim)
     _check_dropout(dropout_p)
-    resolve(backend, Problem(qkv.device, qkv.dtype, window_size**2, head_dim))
+    chosen = resolve(backend, Problem(qkv.device, qkv.dtype, window_size**2, head_dim))
     seed = _seed(dropout_seed, qkv.device) if dropout_p > 0 else None
-    return reference.shifted_window_attention(
+    run = contracts_shifted.shifted_window_attention if chosen == "triton" else reference.shifted_window_attention
+    return run(
         qkv, bias_table, pad_qkv, logit_scale, seed, num_heads, window_size, shift_size, scale, dropout_p
     )  # fmt: skip
 

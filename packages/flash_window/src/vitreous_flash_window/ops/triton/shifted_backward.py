@@ -1,0 +1,493 @@
+"""Backward of attention in (shifted) windows of a packed image. No atomics, so reruns agree bitwise.
+
+Scores are recomputed. Where a window fits one tile, `_shifted_bwd_closed_kernel` does all of it; else two passes:
+`_shifted_bwd_queries_kernel` owns rows of the score matrix (gradients of queries, bias and logit scale; it leaves what
+the other pass needs of each row), `_shifted_bwd_keys_kernel` columns (gradients of keys, values and padding).
+
+Sums over windows (bias, logit scale, padding) stay in registers while a program walks over its windows. Each program
+writes one partial result; they are added up in a fixed order.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: RUF005 (Triton knows no unpacking into a tuple)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import device_of
+from .bias_gradient import fold_partials
+from .image_addressing import (
+    NO_PADDING,
+    NORM_EPS,
+    chunk_tokens,
+    inverse_norms,
+    load_tokens,
+    score_factor,
+    store_tokens,
+    token_places,
+    window_addend,
+    window_place,
+    window_scores,
+    windows_of_part,
+)
+from .shifted_arguments import RUNTIME_NUMBERS, Problem
+from .shifted_configs import choose
+from .tile_math import LOG2E, dropout_keep, operand, score_gradients, softmax_numerators
+
+
+@triton.jit
+def unit_operand(rows, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """What score gradients are multiplied by to become gradients of the other side: its rows, or its unit rows."""
+    if COSINE:
+        rows = operand(rows.to(tl.float32) * inverse_norms(rows)[:, None], rows, PRECISION)
+    return rows
+
+
+@triton.jit
+def through_norms(rows, gradients):
+    """Gradient of rows from that of their unit rows.
+
+    What lies along a row is lost, unless its norm was clamped and is a constant.
+    """
+    inverse = inverse_norms(rows)
+    units = rows.to(tl.float32) * inverse[:, None]
+    lost = tl.where(inverse < 1.0 / NORM_EPS, tl.sum(units * gradients, 1), 0.0)
+    return (gradients - units * lost[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def logit_gradients(dscores, scores, addend):
+    """Gradient of the raw logit scale by rows: `dS` times the scores without what was added to them."""
+    is_hidden = addend == -float("inf")
+    products = tl.where(is_hidden, 0.0, scores) - tl.where(is_hidden, 0.0, addend)
+    return tl.sum(dscores * products, 1) / LOG2E
+
+
+@triton.jit
+def sum_padding(gradients, tokens, place, WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr):
+    """Sum `[D]` of the rows `[rows, D]` that lie in the padding."""
+    _, in_image = token_places(tokens, place, 0, 0, WINDOW, SHIFT, PAD)
+    is_padding = (tokens < WINDOW * WINDOW) & ~in_image
+    return tl.sum(tl.where(is_padding[:, None], gradients, 0.0), 0)
+
+
+@triton.jit
+def store_bias_partial(partial_ptr, index, rows, columns, values, TOKENS: tl.constexpr):
+    """Write a part of the partial tile number `index` of `[parts x heads, N, N]`."""
+    is_pair = (rows < TOKENS)[:, None] & (columns < TOKENS)[None, :]
+    base = partial_ptr + index.to(tl.int64) * (TOKENS * TOKENS)
+    tl.store(base + rows[:, None] * TOKENS + columns[None, :], values, mask=is_pair)
+
+
+@triton.jit
+def store_padding_partial(partial_ptr, index, channels, channel, offs_d, dk, dv, HEAD_DIM: tl.constexpr):
+    """Write partial gradients of the padding's key and value into `[parts, 2, C]`."""
+    pointers = partial_ptr + index.to(tl.int64) * 2 * channels + channel + offs_d
+    tl.store(pointers, dk, mask=offs_d < HEAD_DIM)
+    tl.store(pointers + channels, dv, mask=offs_d < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=RUNTIME_NUMBERS)
+def _shifted_bwd_closed_kernel(
+    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr, dout_ptr, dqkv_ptr, dbias_ptr, dpad_ptr, dlogit_ptr,
+    stride_b, stride_y, stride_x, stride_gb, stride_gy, stride_gx, stride_entry, stride_head,
+    images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, NEEDS_PAD: tl.constexpr, NEEDS_LOGIT: tl.constexpr,
+):  # fmt: skip
+    """Every gradient of windows of at most `ROWS` tokens (there is one chunk).
+
+    Queries in the padding have no output: their cotangent is zero, and with it all that they would contribute.
+    Grid: parts of the windows x heads, the last fastest.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    pid = tl.program_id(0)
+    head, part = pid % heads, pid // heads
+    zone, first, past, step = windows_of_part(part, load, images, window_rows, window_columns, SHIFT)
+    channels = heads * HEAD_DIM
+    channel = head * HEAD_DIM
+    factor, passes = score_factor(logit_ptr, head, scale, COSINE)
+
+    offs_d, tokens = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    addend = window_addend(
+        table_ptr, head, tokens[:, None], tokens[None, :], zone, stride_entry, stride_head, WINDOW, SHIFT, BIAS
+    )
+    dbias = tl.zeros([ROWS, ROWS], tl.float32)
+    dlogit = tl.zeros([ROWS], tl.float32)
+    dpad_k, dpad_v = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for item in tl.range(first, past, step, num_stages=STAGES):
+        image, row, column = window_place(item, zone, window_rows, window_columns, SHIFT)
+        place = (row, column, window_rows, window_columns, height, width)
+        window_head = ((image * window_rows + row) * window_columns + column) * heads + head
+        qkv_image = qkv_ptr + image.to(tl.int64) * stride_b * ALIGN
+        dout_image = dout_ptr + image.to(tl.int64) * stride_gb * ALIGN
+        q = load_tokens(
+            qkv_image, pad_ptr, channel, tokens, offs_d, place, stride_y, stride_x,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        k = load_tokens(
+            qkv_image, pad_ptr, channels + channel, tokens, offs_d, place, stride_y, stride_x,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        v = load_tokens(
+            qkv_image, pad_ptr, 2 * channels + channel, tokens, offs_d, place, stride_y, stride_x,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        dout = load_tokens(
+            dout_image, None, channel, tokens, offs_d, place, stride_gy, stride_gx,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        scores = window_scores(q, k, addend, factor, COSINE, PRECISION)
+        weights, inverse_sum = softmax_numerators(scores)
+        weights *= inverse_sum[:, None]
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        kept = weights
+        if DROPOUT:
+            keep = dropout_keep(seed_ptr, window_head, tokens[:, None], tokens[None, :], threshold)
+            kept = tl.where(keep, weights * keep_scale, 0.0)
+            dweights = tl.where(keep, dweights * keep_scale, 0.0)
+        dv = tl.dot(tl.trans(operand(kept, dout, PRECISION)), dout, input_precision=PRECISION)
+        dscores = score_gradients(weights, dweights)
+        if NEEDS_BIAS:
+            dbias += dscores
+        if NEEDS_LOGIT:
+            dlogit += logit_gradients(dscores, scores, addend)
+        low = operand(dscores, k, PRECISION)
+        dq = tl.dot(low, unit_operand(k, COSINE, PRECISION), input_precision=PRECISION) * factor
+        dk = tl.dot(tl.trans(low), unit_operand(q, COSINE, PRECISION), input_precision=PRECISION) * factor
+        if COSINE:
+            dq, dk = through_norms(q, dq), through_norms(k, dk)
+        dqkv_image = dqkv_ptr + image.to(tl.int64) * height * width * (3 * channels)
+        stride_dx = 3 * channels // ALIGN
+        store_tokens(
+            dqkv_image, channel, tokens, offs_d, place, width * stride_dx, stride_dx, dq,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        store_tokens(
+            dqkv_image, channels + channel, tokens, offs_d, place, width * stride_dx, stride_dx, dk,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        store_tokens(
+            dqkv_image, 2 * channels + channel, tokens, offs_d, place, width * stride_dx, stride_dx, dv,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        if NEEDS_PAD:
+            dpad_k += sum_padding(dk, tokens, place, WINDOW, SHIFT, PAD)
+            dpad_v += sum_padding(dv, tokens, place, WINDOW, SHIFT, PAD)
+
+    if NEEDS_BIAS:
+        store_bias_partial(dbias_ptr, pid, tokens, tokens, dbias, TOKENS)
+    if NEEDS_PAD:
+        store_padding_partial(dpad_ptr, part, channels, channel, offs_d, dpad_k, dpad_v, HEAD_DIM)
+    if NEEDS_LOGIT:
+        tl.store(dlogit_ptr + pid, tl.where(passes, tl.sum(dlogit, 0), 0.0))
+
+
+@triton.jit(do_not_specialize=RUNTIME_NUMBERS)
+def _shifted_bwd_queries_kernel(
+    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr,
+    dout_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, dbias_ptr, dlogit_ptr,
+    stride_b, stride_y, stride_x, stride_gb, stride_gy, stride_gx, stride_entry, stride_head,
+    images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, NEEDS_LOGIT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, bias and logit scale; leaves `delta = rowsum(P dP)` for the other pass.
+
+    `delta` is `rowsum(dout out)` too, which costs less but inherits the rounding of `out`. Cosine scores of up to 100
+    make weights so sharp that `dP - delta` cancels and that rounding shows, so there it is computed from the weights.
+
+    Grid: parts of the windows x strips of queries x heads, the last fastest.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    pid = tl.program_id(0)
+    head = pid % heads
+    strip = pid // heads % STRIPS
+    part = pid // (heads * STRIPS)
+    zone, first, past, step = windows_of_part(part, load, images, window_rows, window_columns, SHIFT)
+    channels = heads * HEAD_DIM
+    channel = head * HEAD_DIM
+    factor, passes = score_factor(logit_ptr, head, scale, COSINE)
+
+    offs_d, rows = tl.arange(0, BLOCK_D), strip * ROWS + tl.arange(0, ROWS)
+    columns, addends = (), ()
+    for c in tl.static_range(CHUNKS):
+        columns = columns + (chunk_tokens(c, CHUNKS, LAST),)
+        addend = window_addend(
+            table_ptr, head, rows[:, None], columns[c][None, :], zone, stride_entry, stride_head,
+            WINDOW, SHIFT, BIAS,
+        )  # fmt: skip
+        addends = addends + (addend,)
+    dbias = ()
+    for c in tl.static_range(CHUNKS):
+        dbias = dbias + (tl.zeros([ROWS, columns[c].shape[0]], tl.float32),)
+    dlogit = tl.zeros([ROWS], tl.float32)
+    for item in tl.range(first, past, step, num_stages=STAGES):
+        image, row, column = window_place(item, zone, window_rows, window_columns, SHIFT)
+        place = (row, column, window_rows, window_columns, height, width)
+        window_head = ((image * window_rows + row) * window_columns + column) * heads + head
+        qkv_image = qkv_ptr + image.to(tl.int64) * stride_b * ALIGN
+        dout_image = dout_ptr + image.to(tl.int64) * stride_gb * ALIGN
+        q = load_tokens(
+            qkv_image, pad_ptr, channel, rows, offs_d, place, stride_y, stride_x,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        dout = load_tokens(
+            dout_image, None, channel, rows, offs_d, place, stride_gy, stride_gx,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        of_rows = tl.cast(window_head, tl.int64) * TOKENS + rows
+        lse = tl.load(lse_ptr + of_rows, mask=rows < TOKENS, other=0.0)
+        if COSINE:
+            delta = tl.zeros([ROWS], tl.float32)
+            for c in tl.static_range(CHUNKS):
+                k = load_tokens(
+                    qkv_image, pad_ptr, channels + channel, columns[c], offs_d, place, stride_y, stride_x,
+                    WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+                )  # fmt: skip
+                v = load_tokens(
+                    qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
+                    WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+                )  # fmt: skip
+                weights = tl.exp2(window_scores(q, k, addends[c], factor, COSINE, PRECISION) - lse[:, None])
+                dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                if DROPOUT:
+                    keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
+                    dweights = tl.where(keep, dweights * keep_scale, 0.0)
+                delta += tl.sum(weights * dweights, 1)
+        else:
+            out_image = out_ptr + image.to(tl.int64) * height * width * channels
+            stride_ox = channels // ALIGN
+            out = load_tokens(
+                out_image, None, channel, rows, offs_d, place, width * stride_ox, stride_ox,
+                WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+            )  # fmt: skip
+            delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        tl.store(delta_ptr + of_rows, delta, mask=rows < TOKENS)
+        dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        sums = ()
+        for c in tl.static_range(CHUNKS):
+            k = load_tokens(
+                qkv_image, pad_ptr, channels + channel, columns[c], offs_d, place, stride_y, stride_x,
+                WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+            )  # fmt: skip
+            v = load_tokens(
+                qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
+                WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+            )  # fmt: skip
+            scores = window_scores(q, k, addends[c], factor, COSINE, PRECISION)
+            dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            if DROPOUT:
+                keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
+                dweights = tl.where(keep, dweights * keep_scale, 0.0)
+            dscores = tl.exp2(scores - lse[:, None]) * (dweights - delta[:, None])
+            if NEEDS_BIAS:
+                sums = sums + (dbias[c] + dscores,)
+            if NEEDS_LOGIT:
+                dlogit += logit_gradients(dscores, scores, addends[c])
+            low = operand(dscores, k, PRECISION)
+            dq = tl.dot(low, unit_operand(k, COSINE, PRECISION), dq, input_precision=PRECISION)
+        if NEEDS_BIAS:
+            dbias = sums
+        dq *= factor
+        if COSINE:
+            dq = through_norms(q, dq)
+        dqkv_image = dqkv_ptr + image.to(tl.int64) * height * width * (3 * channels)
+        stride_dx = 3 * channels // ALIGN
+        store_tokens(
+            dqkv_image, channel, rows, offs_d, place, width * stride_dx, stride_dx, dq,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+
+    if NEEDS_BIAS:
+        for c in tl.static_range(CHUNKS):
+            store_bias_partial(dbias_ptr, part * heads + head, rows, columns[c], dbias[c], TOKENS)
+    if NEEDS_LOGIT:
+        tl.store(dlogit_ptr + (part * STRIPS + strip) * heads + head, tl.where(passes, tl.sum(dlogit, 0), 0.0))
+
+
+@triton.jit(do_not_specialize=RUNTIME_NUMBERS)
+def _shifted_bwd_keys_kernel(
+    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, dpad_ptr,
+    stride_b, stride_y, stride_x, stride_gb, stride_gy, stride_gx, stride_entry, stride_head,
+    images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    NEEDS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys, values and padding; rows are keys, columns are queries.
+
+    Grid: parts of the windows x strips of keys x heads, the last fastest.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    pid = tl.program_id(0)
+    head = pid % heads
+    strip = pid // heads % STRIPS
+    part = pid // (heads * STRIPS)
+    zone, first, past, step = windows_of_part(part, load, images, window_rows, window_columns, SHIFT)
+    channels = heads * HEAD_DIM
+    channel = head * HEAD_DIM
+    factor, _ = score_factor(logit_ptr, head, scale, COSINE)
+
+    offs_d, rows = tl.arange(0, BLOCK_D), strip * ROWS + tl.arange(0, ROWS)
+    columns, addends = (), ()
+    for c in tl.static_range(CHUNKS):
+        columns = columns + (chunk_tokens(c, CHUNKS, LAST),)
+        addend = window_addend(
+            table_ptr, head, columns[c][None, :], rows[:, None], zone, stride_entry, stride_head,
+            WINDOW, SHIFT, BIAS,
+        )  # fmt: skip
+        addends = addends + (addend,)
+    dpad_k, dpad_v = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for item in tl.range(first, past, step, num_stages=STAGES):
+        image, row, column = window_place(item, zone, window_rows, window_columns, SHIFT)
+        place = (row, column, window_rows, window_columns, height, width)
+        window_head = ((image * window_rows + row) * window_columns + column) * heads + head
+        qkv_image = qkv_ptr + image.to(tl.int64) * stride_b * ALIGN
+        dout_image = dout_ptr + image.to(tl.int64) * stride_gb * ALIGN
+        k = load_tokens(
+            qkv_image, pad_ptr, channels + channel, rows, offs_d, place, stride_y, stride_x,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        v = load_tokens(
+            qkv_image, pad_ptr, 2 * channels + channel, rows, offs_d, place, stride_y, stride_x,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        of_window = tl.cast(window_head, tl.int64) * TOKENS
+        dk, dv = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            q = load_tokens(
+                qkv_image, pad_ptr, channel, columns[c], offs_d, place, stride_y, stride_x,
+                WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+            )  # fmt: skip
+            dout = load_tokens(
+                dout_image, None, channel, columns[c], offs_d, place, stride_gy, stride_gx,
+                WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+            )  # fmt: skip
+            # Queries past the window weigh nothing.
+            lse = tl.load(lse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=float("inf"))
+            delta = tl.load(delta_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
+            weights = tl.exp2(window_scores(k, q, addends[c], factor, COSINE, PRECISION) - lse[None, :])
+            dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            kept = weights
+            if DROPOUT:
+                keep = dropout_keep(seed_ptr, window_head, columns[c][None, :], rows[:, None], threshold)
+                kept = tl.where(keep, weights * keep_scale, 0.0)
+                dweights = tl.where(keep, dweights * keep_scale, 0.0)
+            dv = tl.dot(operand(kept, dout, PRECISION), dout, dv, input_precision=PRECISION)
+            low = operand(weights * (dweights - delta[None, :]), q, PRECISION)
+            dk = tl.dot(low, unit_operand(q, COSINE, PRECISION), dk, input_precision=PRECISION)
+        dk *= factor
+        if COSINE:
+            dk = through_norms(k, dk)
+        dqkv_image = dqkv_ptr + image.to(tl.int64) * height * width * (3 * channels)
+        stride_dx = 3 * channels // ALIGN
+        store_tokens(
+            dqkv_image, channels + channel, rows, offs_d, place, width * stride_dx, stride_dx, dk,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        store_tokens(
+            dqkv_image, 2 * channels + channel, rows, offs_d, place, width * stride_dx, stride_dx, dv,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        if NEEDS_PAD:
+            dpad_k += sum_padding(dk, rows, place, WINDOW, SHIFT, PAD)
+            dpad_v += sum_padding(dv, rows, place, WINDOW, SHIFT, PAD)
+
+    if NEEDS_PAD:
+        store_padding_partial(dpad_ptr, part * STRIPS + strip, channels, channel, offs_d, dpad_k, dpad_v, HEAD_DIM)
+
+
+@triton.jit
+def _table_kernel(dbias_ptr, dtable_ptr, heads, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """Fold the dense bias gradient `[H, N, N]` to the table `[(2w - 1)^2, H]`: a program per head and row offset.
+
+    With the row offset fixed, a pair is (query row, query column, key column); pairs of one column offset are added
+    up in the order of the block.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    WIDE: tl.constexpr = 2 * WINDOW - 1
+    head, offset_y = tl.program_id(0), tl.program_id(1) - (WINDOW - 1)
+    query_y = tl.arange(0, BLOCK)[:, None, None]
+    query_x = tl.arange(0, BLOCK)[None, :, None]
+    key_x = tl.arange(0, BLOCK)[None, None, :]
+    key_y = query_y - offset_y
+    is_pair = (query_y < WINDOW) & (key_y >= 0) & (key_y < WINDOW) & (query_x < WINDOW) & (key_x < WINDOW)
+    pair = (query_y * WINDOW + query_x) * TOKENS + key_y * WINDOW + key_x
+    values = tl.load(dbias_ptr + head.to(tl.int64) * TOKENS * TOKENS + pair, mask=is_pair, other=0.0)
+    values = tl.sum(values, 0)  # [query_x, key_x]
+    offset_x = tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+    for entry_x in tl.static_range(WIDE):
+        total = tl.sum(tl.where(offset_x == entry_x - (WINDOW - 1), values, 0.0))
+        pointer = dtable_ptr + (tl.program_id(1) * WIDE + entry_x) * heads + head
+        tl.store(pointer, total.to(dtable_ptr.dtype.element_ty))
+
+
+def launch_shifted_backward(
+    dout: Tensor, out: Tensor | None, lse: Tensor | None, problem: Problem,
+    needs_table: bool, needs_pad: bool, needs_logit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv (contiguous), table, padding and logit scale; the last three empty unless needed."""
+    qkv, table, pad, logit = problem[:4]
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dtable, dpad, dlogit = (
+        torch.zeros_like(tensor, memory_format=torch.contiguous_format) if needed else qkv.new_empty(0)
+        for tensor, needed in ((table, needs_table), (pad, needs_pad), (logit, needs_logit))
+    )
+    if not qkv.numel():
+        return dqkv, dtable, dpad, dlogit
+    # Without padding its gradient is zero, and no kernel needs to know.
+    sums_pad = needs_pad and problem.padding != NO_PADDING.value
+    config = choose(problem.tokens, problem.head_dim, qkv.dtype)
+    heads, tokens = problem.num_heads, problem.tokens
+    strips = config.queries.strips(tokens)
+    load, parts = problem.deal(heads * strips, config.queries.programs)
+    numbers, align = problem.numbers(dout)
+    constants = {**problem.constants(), "ALIGN": align}
+    wide = {"dtype": torch.float32, "device": qkv.device}
+    partial_bias = torch.empty(parts, heads, tokens, tokens, **wide) if needs_table else None
+    partial_logit = torch.empty(parts * strips, heads, **wide) if needs_logit else None
+    partial_pad = None
+    with device_of(qkv):
+        if config.keys is None:
+            partial_pad = torch.empty(parts, 2, problem.channels, **wide) if sums_pad else None
+            _shifted_bwd_closed_kernel[(parts * heads,)](
+                *problem.pointers(), dout, dqkv, partial_bias, partial_pad, partial_logit,
+                *numbers, load, *problem.factors(), NEEDS_BIAS=needs_table, NEEDS_PAD=sums_pad,
+                NEEDS_LOGIT=needs_logit, **config.queries.options(), **constants,
+            )  # fmt: skip
+        else:
+            delta = torch.empty_like(lse)
+            _shifted_bwd_queries_kernel[(parts * strips * heads,)](
+                *problem.pointers(), dout, out, lse, delta, dqkv, partial_bias, partial_logit,
+                *numbers, load, *problem.factors(), NEEDS_BIAS=needs_table, NEEDS_LOGIT=needs_logit,
+                **config.queries.options(), **constants,
+            )  # fmt: skip
+            strips = config.keys.strips(tokens)
+            load, parts = problem.deal(heads * strips, config.keys.programs)
+            partial_pad = torch.empty(parts * strips, 2, problem.channels, **wide) if sums_pad else None
+            _shifted_bwd_keys_kernel[(parts * strips * heads,)](
+                *problem.pointers(), dout, lse, delta, dqkv, partial_pad,
+                *numbers, load, *problem.factors(), NEEDS_PAD=sums_pad, **config.keys.options(), **constants,
+            )  # fmt: skip
+        if partial_bias is not None:
+            dense = fold_partials(partial_bias, torch.float32)
+            _table_kernel[(heads, 2 * problem.window_size - 1)](
+                dense, dtable, heads, WINDOW=problem.window_size, BLOCK=triton.next_power_of_2(problem.window_size)
+            )
+    if partial_pad is not None:
+        dpad[problem.channels :] = fold_partials(partial_pad, dpad.dtype).flatten()
+    if partial_logit is not None:
+        dlogit = fold_partials(partial_logit, dlogit.dtype).view(logit.shape)
+    return dqkv, dtable, dpad, dlogit

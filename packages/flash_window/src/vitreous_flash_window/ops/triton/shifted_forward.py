@@ -1,0 +1,125 @@
+"""Forward of attention in (shifted) windows of a packed image, a window's rows of scores on chip."""
+
+# mypy: ignore-errors
+# ruff: noqa: RUF005 (Triton knows no unpacking into a tuple)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import device_of
+from .image_addressing import (
+    chunk_tokens,
+    load_tokens,
+    score_factor,
+    store_tokens,
+    window_addend,
+    window_place,
+    window_scores,
+    windows_of_part,
+)
+from .shifted_arguments import RUNTIME_NUMBERS, Problem
+from .shifted_configs import choose
+from .tile_math import dropout_keep, operand
+
+
+@triton.jit(do_not_specialize=RUNTIME_NUMBERS)
+def _shifted_fwd_kernel(
+    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr, out_ptr, lse_ptr,
+    stride_b, stride_y, stride_x, stride_gb, stride_gy, stride_gx, stride_entry, stride_head,
+    images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`out = softmax(scale q k^T + bias + penalty) v`, and log-sum-exp in base 2 unless `lse_ptr` is None.
+
+    A program owns some rows of one head's score matrix and walks over windows. Programs that are neighbours do the
+    heads of one window at the same time, so that its pixels come from memory once.
+    Grid: parts of the windows x strips of queries x heads, the last fastest.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    pid = tl.program_id(0)
+    head = pid % heads
+    strip = pid // heads % STRIPS
+    part = pid // (heads * STRIPS)
+    zone, first, past, step = windows_of_part(part, load, images, window_rows, window_columns, SHIFT)
+    channels = heads * HEAD_DIM
+    channel = head * HEAD_DIM
+    factor, _ = score_factor(logit_ptr, head, scale, COSINE)
+
+    offs_d, rows = tl.arange(0, BLOCK_D), strip * ROWS + tl.arange(0, ROWS)
+    columns, addends = (), ()
+    for c in tl.static_range(CHUNKS):
+        columns = columns + (chunk_tokens(c, CHUNKS, LAST),)
+        addend = window_addend(
+            table_ptr, head, rows[:, None], columns[c][None, :], zone, stride_entry, stride_head,
+            WINDOW, SHIFT, BIAS,
+        )  # fmt: skip
+        addends = addends + (addend,)
+    for item in tl.range(first, past, step, num_stages=STAGES):
+        image, row, column = window_place(item, zone, window_rows, window_columns, SHIFT)
+        place = (row, column, window_rows, window_columns, height, width)
+        window_head = ((image * window_rows + row) * window_columns + column) * heads + head
+        qkv_image = qkv_ptr + image.to(tl.int64) * stride_b * ALIGN
+        q = load_tokens(
+            qkv_image, pad_ptr, channel, rows, offs_d, place, stride_y, stride_x,
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        scores, values = (), ()
+        for c in tl.static_range(CHUNKS):
+            k = load_tokens(
+                qkv_image, pad_ptr, channels + channel, columns[c], offs_d, place, stride_y, stride_x,
+                WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+            )  # fmt: skip
+            v = load_tokens(
+                qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
+                WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+            )  # fmt: skip
+            scores = scores + (window_scores(q, k, addends[c], factor, COSINE, PRECISION),)
+            values = values + (v,)
+        # Every query sees some key, so that no maximum is minus infinity.
+        largest = tl.max(scores[0], 1)
+        for c in tl.static_range(1, CHUNKS):
+            largest = tl.maximum(largest, tl.max(scores[c], 1))
+        total = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            weights = tl.exp2(scores[c] - largest[:, None])
+            total += tl.sum(weights, 1)
+            if DROPOUT:
+                keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
+                weights = tl.where(keep, weights, 0.0)
+            out = tl.dot(operand(weights, values[c], PRECISION), values[c], out, input_precision=PRECISION)
+        store_tokens(
+            out_ptr + image.to(tl.int64) * height * width * channels, channel, rows, offs_d, place,
+            width * (channels // ALIGN), channels // ALIGN, out * (keep_scale / total)[:, None],
+            WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
+        )  # fmt: skip
+        if lse_ptr is not None:
+            of_rows = tl.cast(window_head, tl.int64) * TOKENS + rows
+            tl.store(lse_ptr + of_rows, largest + tl.log2(total), mask=rows < TOKENS)
+
+
+def launch_shifted_forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output `[B, height, width, C]`, and base-2 log-sum-exp `[B*W, H, N]` where the backward pass needs it."""
+    batch, height, width, _ = problem.qkv.shape
+    config = choose(problem.tokens, problem.head_dim, problem.qkv.dtype)
+    tile = config.forward
+    out = problem.qkv.new_empty((batch, height, width, problem.channels))
+    lse = problem.qkv.new_empty(problem.lse_shape, dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    owners = problem.num_heads * tile.strips(problem.tokens)
+    load, parts = problem.deal(owners, tile.programs)
+    numbers, align = problem.numbers()
+    with device_of(out):
+        _shifted_fwd_kernel[(owners * parts,)](
+            *problem.pointers(), out, lse if lse.numel() else None, *numbers, load, *problem.factors(),
+            **problem.constants(), **tile.options(), ALIGN=align,
+        )  # fmt: skip
+    return out, lse
