@@ -22,6 +22,7 @@ V1 = [f"flash-swin-{arch}_16xb64_in1k" for arch in ("tiny", "small", "base", "la
 V1 += [f"flash-swin-{arch}_16xb64_in1k-384px" for arch in ("base", "large")]
 V2 = [f"flash-swinv2-{arch}-w{w}_16xb64_in1k-256px" for arch in ("tiny", "small", "base") for w in (8, 16)]
 DIGITS = ["flash-swin-tiny_1xb64_digits", "flash-swinv2-tiny_1xb64_digits"]
+FASHION = ["flash-swin-tiny_1xb128_fashion-mnist", "flash-swinv2-tiny_1xb128_fashion-mnist"]
 
 
 def config(name):
@@ -39,7 +40,7 @@ def digits_model(name=DIGITS[0], **changes):
 
 class TestNames:
     def test_listed(self):
-        assert set(list_models("flash-swin*")) == {*V1, *V2, *DIGITS}
+        assert set(list_models("flash-swin*")) == {*V1, *V2, *DIGITS, *FASHION}
 
     @pytest.mark.parametrize("name", DIGITS)
     def test_with_other_stages_and_classes(self, name):
@@ -143,6 +144,20 @@ def test_a_few_steps_learn_one_batch(name):
         losses.append(loss.item())
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("name", FASHION)
+def test_fashion_mnist_configs_have_shifted_windows_and_read_the_packages_files(name):
+    settings = config(name)
+    backbone = MODELS.build(settings.model).backbone
+    side = settings.model.backbone.img_size
+    scales = {loader.dataset.pipeline[-2].scale for loader in (settings.train_dataloader, settings.test_dataloader)}
+    assert scales == {side}
+    assert backbone.stages[0].blocks[1].attn.shift_size > 0
+    assert backbone.patch_resolution == (2 * backbone.stages[0].blocks[0].attn.window_size,) * 2
+    for loader, split in (("train", "train"), ("val", "test"), ("test", "test")):
+        dataset = settings[f"{loader}_dataloader"].dataset
+        assert (dataset.type, dataset.split) == ("GzippedFashionMNIST", split)
 
 
 class TestLoading:

@@ -1,7 +1,8 @@
 """The only place in core that imports MMEngine and MMPretrain (extra: `vitreous-core[mm]`).
 
 Importing it makes MMEngine work with current PyTorch (`compat`) and registers what packaged configs name:
-`DigitsDataset` and the optimizer wrappers. A paper's `mm.py` needs `BackboneAdapter` and `register_paper`.
+`DigitsDataset`, `GzippedFashionMNIST` and the optimizer wrappers. A paper's `mm.py` needs `BackboneAdapter` and
+`register_paper`.
 """
 
 from . import compat
@@ -10,6 +11,7 @@ compat.install()  # before the imports below: some of it must be active when MME
 
 from .adapter import BackboneAdapter, register_paper  # noqa: E402
 from .digits import DigitsDataset  # noqa: E402
+from .fashion_mnist import GzippedFashionMNIST  # noqa: E402
 from .optim_wrappers import AGCAmpOptimWrapper, AGCOptimWrapper, CPUAmpOptimWrapper  # noqa: E402
 
 __all__ = [
@@ -18,5 +20,6 @@ __all__ = [
     "BackboneAdapter",
     "CPUAmpOptimWrapper",
     "DigitsDataset",
+    "GzippedFashionMNIST",
     "register_paper",
 ]
