@@ -127,6 +127,12 @@ def addend_tile(ptr, row_index, column_index, stride_row, stride_column, TOKENS:
     return tl.where(column_index < TOKENS, addend, -float("inf"))
 
 
+@triton.constexpr_function
+def is_full(chunk, tokens, columns, tail, whole):
+    """Whether all columns of a chunk are tokens."""
+    return chunk * columns + (columns if chunk < whole else tail) <= tokens
+
+
 @triton.jit
 def addend_tiles(
     ptr, offset, rows, stride_row, stride_column, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
@@ -136,8 +142,7 @@ def addend_tiles(
     tiles = ()
     base = ptr + offset if KIND > 0 else 0
     for c in tl.static_range(CHUNKS):
-        WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
-        column = c * COLUMNS + tl.arange(0, WIDTH)
+        column = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
         tile = addend_tile(base, rows[:, None], column[None, :], stride_row, stride_column, TOKENS, KIND)
         tiles = tiles + (tile,)
     return tiles

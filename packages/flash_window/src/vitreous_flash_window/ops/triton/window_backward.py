@@ -33,6 +33,7 @@ from .tile_math import (
     add_mask_tiles,
     addend_tiles,
     dropout_keep,
+    is_full,
     load_rows,
     mask_groups,
     operand,
@@ -96,8 +97,7 @@ def _window_bwd_rows_kernel(
     sums = ()
     if NEEDS_BIAS:
         for c in tl.static_range(CHUNKS):
-            WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
-            sums = sums + (tl.zeros([ROWS, WIDTH], tl.float32),)
+            sums = sums + (tl.zeros([ROWS, COLUMNS if c < WHOLE else TAIL], tl.float32),)
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
         addends = add_mask_tiles(
@@ -122,16 +122,18 @@ def _window_bwd_rows_kernel(
                 lse = tl.load(lse_ptr + window_head * TOKENS + rows, mask=is_row, other=float("inf"))
             new_sums = ()
             for c in tl.static_range(CHUNKS):
-                WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
-                FULL: tl.constexpr = TOKENS >= c * COLUMNS + WIDTH
-                column = tl.arange(0, WIDTH)
+                column = tl.arange(0, COLUMNS if c < WHOLE else TAIL)
                 is_column = column < TOKENS - c * COLUMNS
                 k_offsets = row_offsets(column, offs_d, stride_kn * ALIGN, stride_kd)
                 v_offsets = row_offsets(column, offs_d, stride_vn * ALIGN, stride_vd)
                 k_chunk = k_base + tl.cast(stride_kn, tl.int64) * (c * COLUMNS * ALIGN)
                 v_chunk = v_base + tl.cast(stride_vn, tl.int64) * (c * COLUMNS * ALIGN)
-                k = load_rows(k_chunk, k_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
-                v = load_rows(v_chunk, v_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                k = load_rows(
+                    k_chunk, k_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                )
+                v = load_rows(
+                    v_chunk, v_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
                 if STRIPS > 1:
@@ -164,8 +166,26 @@ def _window_bwd_rows_kernel(
                     dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
                     dk_offsets = row_offsets(column, offs_d, stride_dkn * ALIGN, stride_dkd)
                     dv_offsets = row_offsets(column, offs_d, stride_dvn * ALIGN, stride_dvd)
-                    store_rows(dv_base, dv_offsets, dv, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
-                    store_rows(dk_base, dk_offsets, dk * scale, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                    store_rows(
+                        dv_base,
+                        dv_offsets,
+                        dv,
+                        is_column,
+                        offs_d,
+                        HEAD_DIM,
+                        BLOCK_D,
+                        is_full(c, TOKENS, COLUMNS, TAIL, WHOLE),
+                    )
+                    store_rows(
+                        dk_base,
+                        dk_offsets,
+                        dk * scale,
+                        is_column,
+                        offs_d,
+                        HEAD_DIM,
+                        BLOCK_D,
+                        is_full(c, TOKENS, COLUMNS, TAIL, WHOLE),
+                    )
             sums = new_sums
             dq_base = dq_ptr + (window * stride_dqw + head * stride_dqh) * ALIGN
             store_rows(dq_base, dq_offsets, dq * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
@@ -173,8 +193,7 @@ def _window_bwd_rows_kernel(
     if NEEDS_BIAS:
         tile = partials_ptr + (part.to(tl.int64) * heads + head) * (TOKENS * TOKENS)
         for c in tl.static_range(CHUNKS):
-            WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
-            column = c * COLUMNS + tl.arange(0, WIDTH)
+            column = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
             is_pair = is_row[:, None] & (column < TOKENS)[None, :]
             tl.store(tile + rows[:, None] * TOKENS + column[None, :], sums[c], mask=is_pair)
 
@@ -239,16 +258,18 @@ def _window_bwd_keys_kernel(
             k = load_rows(k_base, k_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
             v = load_rows(v_base, v_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
             for c in tl.static_range(CHUNKS):
-                WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
-                FULL: tl.constexpr = TOKENS >= c * COLUMNS + WIDTH
-                column = tl.arange(0, WIDTH)
+                column = tl.arange(0, COLUMNS if c < WHOLE else TAIL)
                 is_column = column < TOKENS - c * COLUMNS
                 q_offsets = row_offsets(column, offs_d, stride_qn * ALIGN, stride_qd)
                 g_offsets = row_offsets(column, offs_d, stride_gn * ALIGN, stride_gd)
                 q_chunk = q_base + tl.cast(stride_qn, tl.int64) * (c * COLUMNS * ALIGN)
                 g_chunk = g_base + tl.cast(stride_gn, tl.int64) * (c * COLUMNS * ALIGN)
-                q = load_rows(q_chunk, q_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
-                dout = load_rows(g_chunk, g_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                q = load_rows(
+                    q_chunk, q_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                )
+                dout = load_rows(
+                    g_chunk, g_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                )
                 # Queries past the end weigh nothing.
                 row = window_head * TOKENS + c * COLUMNS + column
                 lse = tl.load(lse_ptr + row, mask=is_column, other=float("inf"))

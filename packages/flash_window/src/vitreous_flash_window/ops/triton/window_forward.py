@@ -30,6 +30,7 @@ from .tile_math import (
     add_mask_tiles,
     addend_tiles,
     dropout_keep,
+    is_full,
     load_rows,
     mask_groups,
     operand,
@@ -88,16 +89,18 @@ def _window_fwd_kernel(
             v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
             q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
             for c in tl.static_range(CHUNKS):
-                WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
-                FULL: tl.constexpr = TOKENS >= c * COLUMNS + WIDTH
-                column = tl.arange(0, WIDTH)
+                column = tl.arange(0, COLUMNS if c < WHOLE else TAIL)
                 is_column = column < TOKENS - c * COLUMNS
                 k_offsets = row_offsets(column, offs_d, stride_kn * ALIGN, stride_kd)
                 v_offsets = row_offsets(column, offs_d, stride_vn * ALIGN, stride_vd)
                 k_chunk = k_base + tl.cast(stride_kn, tl.int64) * (c * COLUMNS * ALIGN)
                 v_chunk = v_base + tl.cast(stride_vn, tl.int64) * (c * COLUMNS * ALIGN)
-                k = load_rows(k_chunk, k_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
-                v = load_rows(v_chunk, v_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                k = load_rows(
+                    k_chunk, k_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                )
+                v = load_rows(
+                    v_chunk, v_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
                 if c == 0:
                     largest = tl.maximum(tl.max(scores, 1), FLOOR)
@@ -109,7 +112,6 @@ def _window_fwd_kernel(
                     largest = grown
                     weights = tl.exp2(scores - largest[:, None])
                     total = total * shrink + tl.sum(weights, 1)
-                    out *= shrink[:, None]
                 if DROPOUT:
                     column += c * COLUMNS
                     keep = dropout_keep(seed_ptr, window * heads + head, rows[:, None], column[None, :], threshold)
@@ -117,7 +119,7 @@ def _window_fwd_kernel(
                 if c == 0:
                     out = tl.dot(operand(weights, v, PRECISION), v, input_precision=PRECISION)
                 else:
-                    out = tl.dot(operand(weights, v, PRECISION), v, out, input_precision=PRECISION)
+                    out = tl.dot(operand(weights, v, PRECISION), v, out * shrink[:, None], input_precision=PRECISION)
             is_blank = total == 0.0
             total = tl.where(is_blank, 1.0, total)
             o_base = out_ptr + (window * stride_ow + head * stride_oh) * ALIGN
