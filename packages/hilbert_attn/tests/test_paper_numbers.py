@@ -38,7 +38,8 @@ def count(model: nn.Module, side: int, classes: int = 1000, as_swin_counts: bool
         elif isinstance(module, nn.Conv2d):
             macs += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.LayerNorm):
-            macs += output.numel() * as_swin_counts
+            normed = output[1] if isinstance(output, tuple) else output
+            macs += normed.numel() * as_swin_counts
         elif isinstance(module, CurveAttention):
             tokens, (height, width) = args
             pattern = module.pattern(height, width)

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
+from vitreous_core.ops.sum_norm import SumNorm, sum_norm
 
 from .attention import Backend, CurveAttention, HilbertNeighborhoodAttention, HilbertWindowAttention
 from .attention_2d import NeighborhoodAttention2d
@@ -398,9 +399,9 @@ class CurveBlock(nn.Module):
         self, attn: CurveAttention, dim: int, *, mlp_ratio: float, drop_path: float, layer_scale: float | None = None
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = SumNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = SumNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
         scaled = layer_scale is not None
@@ -408,9 +409,11 @@ class CurveBlock(nn.Module):
         self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
 
     def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        branch = self.attn(self.norm1(tokens), size, on_curve=True)
-        tokens = self.drop_path(tokens, branch if self.gamma1 is None else self.gamma1 * branch)
-        branch = self.mlp(self.norm2(tokens))
+        tokens, normed = self.norm1(tokens)
+        branch = self.attn(normed, size, on_curve=True)
+        branch = branch if self.gamma1 is None else self.gamma1 * branch
+        tokens, normed = self.norm2(tokens, branch, self.drop_path.factor(tokens))
+        branch = self.mlp(normed)
         return self.drop_path(tokens, branch if self.gamma2 is None else self.gamma2 * branch)
 
 
@@ -422,7 +425,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = FirstNorm(dim)
 
     def forward(self, images: Tensor, target: Curve) -> tuple[Tensor, Size]:
         height, width = images.shape[2:]
@@ -438,11 +441,12 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = SumNorm(4 * dim)
 
     def forward(self, tokens: Tensor, size: Size, source: Curve, target: Curve) -> tuple[Tensor, Size]:
         squares = source.merge(tokens, *size, target)
-        return self.reduction(self.norm(squares)), (-(-size[0] // 2), -(-size[1] // 2))
+        _, normed = self.norm(squares)
+        return self.reduction(normed), (-(-size[0] // 2), -(-size[1] // 2))
 
 
 class ConvTokenizer(nn.Module):
@@ -454,7 +458,7 @@ class ConvTokenizer(nn.Module):
             nn.Conv2d(in_channels, dim // 2, 3, 2, 1),
             nn.Conv2d(dim // 2, dim, 3, 2, 1),
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = FirstNorm(dim)
 
     def forward(self, images: Tensor, target: Curve) -> tuple[Tensor, Size]:
         tokens, size = _as_tokens(self.proj(_channels_last(images)), target)
@@ -467,12 +471,20 @@ class ConvDownsampler(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.reduction = nn.Conv2d(dim, out_dim, 3, 2, 1, bias=False)
-        self.norm = nn.LayerNorm(out_dim)
+        self.norm = FirstNorm(out_dim)
 
     def forward(self, tokens: Tensor, size: Size, source: Curve, target: Curve) -> tuple[Tensor, Size]:
         maps = source.take_off(tokens, *size).unflatten(1, size).permute(0, 3, 1, 2)
         tokens, size = _as_tokens(self.reduction(maps), target)
         return self.norm(tokens), size
+
+
+class FirstNorm(SumNorm):
+    """Layer norm from which the tokens of a stage start: under autocast, too, in the precision of the parameters."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]  # nothing is added
+        dtype = torch.promote_types(tokens.dtype, self.weight.dtype)
+        return sum_norm(tokens, None, self.weight, self.bias, eps=self.eps, dtype=dtype)[1]
 
 
 class Mlp(nn.Module):
@@ -495,11 +507,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+    def factor(self, shortcut: Tensor) -> Tensor | None:
+        """What each sample's branch is multiplied by, fp32 `[B]`, drawn anew; None where nothing is left out."""
         if not self.training or self.rate == 0:
-            return shortcut + branch
-        kept = torch.empty(len(branch), 1, 1, device=branch.device).bernoulli_(1 - self.rate)
-        return _ScaledSum.apply(shortcut, branch, kept / (1 - self.rate))
+            return None
+        return torch.empty(len(shortcut), device=shortcut.device).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        factor = self.factor(shortcut)
+        return shortcut + branch if factor is None else _ScaledSum.apply(shortcut, branch, factor.view(-1, 1, 1))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -9,6 +9,7 @@ Layer norm: Ba et al., arXiv 1607.06450; stochastic depth: Huang et al., arXiv 1
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ def sum_norm(
     *,
     factor: Tensor | None = None,
     eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`tokens = shortcut + factor * branch` and its layer norm over the last axis.
@@ -44,11 +46,12 @@ def sum_norm(
         weight, bias: `[C]`.
         factor: fp32 `[B]`, a factor for each sample (stochastic depth); gets no gradient. None is 1.
         eps: added to the variance.
+        dtype: of the norm; None is that of autocast where it is on, else that of the tokens.
         backend: `"torch"` (plain operations, differentiable twice), `"triton"`, or `"auto"`: Triton on a GPU where it
             takes the problem, except under `torch.compile`, which fuses the plain operations with their neighbours.
 
     Returns:
-        The tokens in the dtype of `shortcut`, and the norm in that of autocast where it is on, else in the tokens'.
+        The tokens in the dtype of `shortcut`, and their norm.
 
     Raises:
         ValueError: for shapes that do not fit together or an unknown backend.
@@ -57,10 +60,7 @@ def sum_norm(
     Numerics: sums and statistics in fp32 (fp64 for fp64); the norm is that of the rounded tokens.
     """
     _check(shortcut, branch, weight, bias, factor)
-    kind = shortcut.device.type
-    dtype = shortcut.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = dtype or _default_dtype(shortcut)
     if backend == "auto":
         plain = torch.compiler.is_compiling() or not shortcut.is_cuda or unsupported_reasons(shortcut, branch, weight)
         backend = "torch" if plain else "triton"
@@ -76,23 +76,27 @@ def sum_norm(
 
 def unsupported_reasons(shortcut: Tensor, branch: Tensor | None, weight: Tensor) -> list[str]:
     """Why the Triton kernels cannot run this; empty when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return ["the package triton is not installed"]
-    from triton import knobs
-
-    reasons = []
-    if shortcut.is_cuda:
-        capability = torch.cuda.get_device_capability(shortcut.device)
-        if capability < _LOWEST_CAPABILITY:
-            reasons.append(f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}")
-    elif not knobs.runtime.interpret:
-        reasons.append(f"tensors must be on a CUDA device; got {shortcut.device}")
+    reasons = list(_device_reasons(shortcut.device))
     for name, tensor in (("shortcut", shortcut), ("branch", branch), ("weight", weight)):
         if tensor is not None and tensor.dtype not in _DTYPES:
             reasons.append(f"{name} must be float16, bfloat16 or float32; got {tensor.dtype}")
     if shortcut.shape[-1] > _MOST_CHANNELS:
         reasons.append(f"channels must be at most {_MOST_CHANNELS}; got {shortcut.shape[-1]}")
     return reasons
+
+
+@cache
+def _device_reasons(device: torch.device) -> tuple[str, ...]:
+    if importlib.util.find_spec("triton") is None:
+        return ("the package triton is not installed",)
+    from triton import knobs
+
+    if device.type != "cuda":
+        return () if knobs.runtime.interpret else (f"tensors must be on a CUDA device; got {device}",)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LOWEST_CAPABILITY:
+        return (f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}",)
+    return ()
 
 
 class SumNorm(nn.LayerNorm):
@@ -111,6 +115,14 @@ class SumNorm(nn.LayerNorm):
         return sum_norm(shortcut, branch, self.weight, self.bias, factor=factor, eps=self.eps)
 
 
+def _default_dtype(shortcut: Tensor) -> torch.dtype:
+    kind = shortcut.device.type
+    # As PyTorch's own rules have it, fp64 stays.
+    if torch.is_autocast_enabled(kind) and shortcut.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return shortcut.dtype
+
+
 def _plain(
     shortcut: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, factor: Tensor | None, eps: float,
     dtype: torch.dtype,
@@ -120,7 +132,9 @@ def _plain(
         if factor is not None:
             branch = branch * factor.view(-1, *[1] * (branch.ndim - 1))
         tokens = (shortcut + branch).to(shortcut.dtype)
-    return tokens, F.layer_norm(tokens, weight.shape, weight, bias, eps).to(dtype)
+    # Not only autocast makes tokens and parameters differ in dtype.
+    wide = torch.promote_types(tokens.dtype, weight.dtype)
+    return tokens, F.layer_norm(tokens.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(dtype)
 
 
 class _SumNorm(torch.autograd.Function):

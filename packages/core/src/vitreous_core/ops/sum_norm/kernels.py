@@ -55,8 +55,9 @@ def _sum_norm_bwd_kernel(
     """Grid: programs that walk over the tiles of rows. Partial sums `[programs, 2, BLOCK_C]` of dweight and dbias."""
     column = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + column, mask=column < CHANNELS, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK_C], tl.float32)
-    dbias = tl.zeros([BLOCK_C], tl.float32)
+    # Summed over rows once at the end: sums across warps cost barriers.
+    dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for first in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         mask = (row < rows)[:, None] & (column < CHANNELS)[None, :]
@@ -66,8 +67,8 @@ def _sum_norm_bwd_kernel(
         centred = tl.where(mask, tokens - (tl.sum(tokens, 1) / CHANNELS)[:, None], 0.0)
         rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / CHANNELS + eps)
         unit = centred * rstd[:, None]
-        dweight += tl.sum(dnormed * unit, 0)
-        dbias += tl.sum(dnormed, 0)
+        dweight += dnormed * unit
+        dbias += dnormed
         dunit = dnormed * weight[None, :]
         along = tl.sum(dunit * unit, 1) / CHANNELS
         gradient = (dunit - (tl.sum(dunit, 1) / CHANNELS)[:, None] - unit * along[:, None]) * rstd[:, None]
@@ -79,8 +80,8 @@ def _sum_norm_bwd_kernel(
                 gradient *= tl.load(factor_ptr + row // rows_per_sample, mask=row < rows, other=0.0)[:, None]
             tl.store(dbranch_ptr + offs, gradient.to(dbranch_ptr.dtype.element_ty), mask=mask)
     slot = partial_ptr + tl.program_id(0) * 2 * BLOCK_C + column
-    tl.store(slot, dweight)
-    tl.store(slot + BLOCK_C, dbias)
+    tl.store(slot, tl.sum(dweight, 0))
+    tl.store(slot + BLOCK_C, tl.sum(dbias, 0))
 
 
 def launch_forward(
