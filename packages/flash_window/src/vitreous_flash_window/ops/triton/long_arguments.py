@@ -14,10 +14,9 @@ from .long_configs import Config, Tile, choose_long
 
 # As in `long_tiles`, which is not imported here so that this module needs no Triton.
 NO_MASK, _NUMBERS, _FLAGS, REGIONS = 0, 1, 2, 3
-NO_BIAS, _NATURAL, BASE_2 = 0, 1, 2
 
-_ROW_MULTIPLE = 16
-"""Of the length of a bias's rows: Triton then knows that they can be read 16 bytes at a time."""
+COUNTS = ("images", "windows", "heads", "columns", "height", "width", "padded_height", "padded_width", "shift", "parts")
+"""Arguments of kernels that Triton must not specialise on: one compilation serves any number of windows."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ class Call:
     Args:
         geometry: how windows lie.
         query, key, value: `[B*W, H, N, D]`, or views `[B, height, width, H, D]` of the image; last stride 1.
-        bias: `[H, N, >= N]`, rows contiguous, or None.
-        bias_kind: whether `bias` is in base 2 and hides padding columns.
+        bias: fp32 `[H, N, row length]` of `long_bias`, or None.
         mask: contiguous `[W, N, N]`, or None; flags as bytes.
         mask_kind: see `long_tiles`.
         pad: contiguous `[3 * C]` or None: the padding token.
@@ -92,7 +90,6 @@ class Call:
     key: Tensor
     value: Tensor
     bias: Tensor | None
-    bias_kind: int
     mask: Tensor | None
     mask_kind: int
     pad: Tensor | None
@@ -130,8 +127,8 @@ class Call:
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """Strides of the bias, the geometry, the scale in base 2, threshold and factor of the dropout."""
-        bias = (0, 0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(1), self.bias.shape[2])
+        """Two strides of the bias, the geometry, the scale in base 2, threshold and factor of the dropout."""
+        bias = (0, 0) if self.bias is None else self.bias.stride()[:2]
         return *bias, *self.geometry.numbers(), self.scale * math.log2(math.e), *dropout_numbers(self.dropout_p)
 
     def programs(self, tile: Tile) -> int:
@@ -147,7 +144,7 @@ class Call:
             "SIDE": geometry.side,
             "PADDED": geometry.has_padding,
             "ALIGN": self.align,
-            "BIAS": self.bias_kind,
+            "BIAS": self.bias is not None,
             "MASK": self.mask_kind,
             "TAIL": geometry.tokens % tile.columns > 0,
             "COSINE": self.norms is not None,
@@ -166,7 +163,7 @@ def cut_call(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout_p: float,
 ) -> Call:  # fmt: skip
-    """A call on windows that are already cut."""
+    """A call on windows that are already cut; the bias as `long_bias` makes it."""
     units, heads, tokens, head_dim = query.shape
     windows = 1 if mask is None else len(mask)
     kind = NO_MASK
@@ -177,8 +174,7 @@ def cut_call(
     return Call(
         Geometry(units // windows, windows, heads, tokens, head_dim),
         rows_contiguous(query), rows_contiguous(key), rows_contiguous(value),
-        None if bias is None else readable(bias), NO_BIAS if bias is None else _NATURAL,
-        mask, kind, None, seed, None, None, scale, dropout_p,
+        bias, mask, kind, None, seed, None, None, scale, dropout_p,
     )  # fmt: skip
 
 
@@ -200,20 +196,3 @@ def _strides(tensor: Tensor) -> tuple[int, int, int, int]:
     if tensor.ndim == 4:
         return strides[0], strides[1], strides[2], 0
     return strides[0], strides[3], strides[1], strides[2]
-
-
-def row_length(tokens: int) -> int:
-    """Of a bias that kernels read."""
-    return -(-tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE
-
-
-def readable(bias: Tensor) -> Tensor:
-    """The bias with rows that can be read 16 bytes at a time; padding columns are minus infinity."""
-    heads, tokens, _ = bias.shape
-    width = row_length(tokens)
-    if width == tokens:
-        return bias.contiguous()
-    padded = bias.new_empty((heads, tokens, width))
-    padded[:, :, :tokens] = bias
-    padded[:, :, tokens:] = -math.inf
-    return padded

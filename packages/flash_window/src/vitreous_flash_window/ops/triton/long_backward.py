@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..reference import NORM_EPS as _NORM_EPS
 from .arguments import device_of, dot_precision
-from .long_arguments import Call, cut_call, output_strides, readable, rows_contiguous
+from .long_arguments import COUNTS, Call, cut_call, output_strides, rows_contiguous
+from .long_bias import prepare_bias
 from .long_bias_gradient import bias_partials
 from .long_tiles import (
-    NO_BIAS,
     NO_MASK,
     REGIONS,
     bias_tile,
@@ -44,14 +44,14 @@ from .tile_math import LOG2E, dropout_keep, operand
 NORM_EPS = tl.constexpr(_NORM_EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS[:-1])
 def _long_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, logit_ptr,
     bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_oi, stride_oh, stride_oy, stride_ox,
     stride_gi, stride_gh, stride_gy, stride_gx, stride_dqi, stride_dqh, stride_dqy, stride_dqx,
-    bias_head, bias_row, bias_columns,
+    bias_head, bias_row,
     images, windows, heads, tokens, columns, height, width, padded_height, padded_width, shift,
     scale_log2, threshold, keep_scale, scale,
     SIDE: tl.constexpr, PADDED: tl.constexpr,
@@ -80,8 +80,8 @@ def _long_bwd_dq_kernel(
     last = tokens - 1
     row = tl.minimum(query, last)
     q_y, q_x = place_tokens(row, window, geometry, SIDE)
-    q_region = regions(query, window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
-    bias_base = bias_ptr + head.to(tl.int64) * bias_head if BIAS != NO_BIAS else 0
+    q_region = regions(tl.minimum(query, last), window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
+    bias_base = bias_ptr + head.to(tl.int64) * bias_head if BIAS else 0
     mask_base = mask_ptr + window.to(tl.int64) * tokens * tokens if MASK != NO_MASK and MASK != REGIONS else 0
     factor = tl.load(factor_ptr + head) if COSINE else 1.0
     q_pad = pad_distance(pad_ptr, q_ptr, 0, heads, HEAD_DIM, ALIGN) if PADDED else 0
@@ -126,10 +126,10 @@ def _long_bwd_dq_kernel(
         key = key_start + tl.arange(0, BLOCK_N)
         inside = tl.minimum(key, last) if TAIL else key
         k_y, k_x = place_tokens(inside, window, geometry, SIDE)
-        k_region = regions(key, window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
-        if (BIAS != NO_BIAS) or (MASK != NO_MASK) or TAIL:
-            if BIAS != NO_BIAS:
-                addend = bias_tile(bias_base, query[:, None], key[None, :], bias_row, bias_columns, tokens, BIAS)
+        k_region = regions(tl.minimum(key, last), window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
+        if BIAS or (MASK != NO_MASK) or TAIL:
+            if BIAS:
+                addend = bias_tile(bias_base, query[:, None], key[None, :], bias_row, tokens)
             else:
                 addend = plain_addend(query[:, None], key[None, :], tokens, TAIL)
             addend = mask_tile(addend, mask_base, query[:, None], key[None, :], q_region, k_region, tokens, MASK)
@@ -154,7 +154,7 @@ def _long_bwd_dq_kernel(
                 cosines = scores
             else:
                 scores *= scale_log2
-            if (BIAS != NO_BIAS) or (MASK != NO_MASK) or TAIL:
+            if BIAS or (MASK != NO_MASK) or TAIL:
                 scores += addend
             weights = tl.exp2(scores - lses[g][:, None])
             dweights = tl.dot(douts[g], tl.trans(v), input_precision=PRECISION)
@@ -201,14 +201,14 @@ def _long_bwd_dq_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS[:-1])
 def _long_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
     bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_gi, stride_gh, stride_gy, stride_gx,
     stride_dki, stride_dkh, stride_dky, stride_dkx, stride_dvi, stride_dvh, stride_dvy, stride_dvx,
-    bias_head, bias_row, bias_columns,
+    bias_head, bias_row,
     images, windows, heads, tokens, columns, height, width, padded_height, padded_width, shift,
     scale_log2, threshold, keep_scale, scale,
     SIDE: tl.constexpr, PADDED: tl.constexpr,
@@ -236,8 +236,8 @@ def _long_bwd_dkv_kernel(
     last = tokens - 1
     row = tl.minimum(key, last)
     k_y, k_x = place_tokens(row, window, geometry, SIDE)
-    k_region = regions(key, window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
-    bias_base = bias_ptr + head.to(tl.int64) * bias_head if BIAS != NO_BIAS else 0
+    k_region = regions(tl.minimum(key, last), window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
+    bias_base = bias_ptr + head.to(tl.int64) * bias_head if BIAS else 0
     mask_base = mask_ptr + window.to(tl.int64) * tokens * tokens if MASK != NO_MASK and MASK != REGIONS else 0
     factor = tl.load(factor_ptr + head) if COSINE else 1.0
     q_pad = pad_distance(pad_ptr, q_ptr, 0, heads, HEAD_DIM, ALIGN) if PADDED else 0
@@ -267,10 +267,10 @@ def _long_bwd_dkv_kernel(
         query = query_start + tl.arange(0, BLOCK_N)
         inside = tl.minimum(query, last) if TAIL else query
         q_y, q_x = place_tokens(inside, window, geometry, SIDE)
-        q_region = regions(query, window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
-        if (BIAS != NO_BIAS) or (MASK != NO_MASK):
-            if BIAS != NO_BIAS:
-                addend = bias_tile(bias_base, key[:, None], query[None, :], bias_row, bias_columns, tokens, BIAS)
+        q_region = regions(tl.minimum(query, last), window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
+        if BIAS or (MASK != NO_MASK):
+            if BIAS:
+                addend = bias_tile(bias_base, key[:, None], query[None, :], bias_row, tokens)
             else:
                 addend = plain_addend(key[:, None], query[None, :], tokens, False)
             addend = mask_tile(addend, mask_base, query[None, :], key[:, None], q_region, k_region, tokens, MASK)
@@ -299,7 +299,7 @@ def _long_bwd_dkv_kernel(
                 scores *= (key_norms[g] * (factor * LOG2E))[:, None] * inverse[None, :]
             else:
                 scores *= scale_log2
-            if (BIAS != NO_BIAS) or (MASK != NO_MASK):
+            if BIAS or (MASK != NO_MASK):
                 scores += addend
             weights = tl.exp2(scores - lse[None, :])
             dweights = tl.dot(values[g], tl.trans(dout), input_precision=PRECISION)
@@ -372,9 +372,10 @@ def launch_long_backward(
         if needs_bias:
             dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
         return *gradients[:3], dbias
-    call = cut_call(query, key, value, bias, mask, seed, scale, dropout_p)
+    prepared = None if bias is None else prepare_bias(bias, turned=False)
+    call = cut_call(query, key, value, prepared, mask, seed, scale, dropout_p)
     dout = rows_contiguous(dout)
-    turned_bias = None if bias is None else readable(bias.mT)
+    turned_bias = None if bias is None else prepare_bias(bias, turned=True)
     delta = run_backward(call, turned_bias, dout, out, lse, gradients)
     if needs_bias:
         # A sum over the first of several dimensions: in order, without atomics.

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import device_of, dot_precision
-from .long_arguments import Call, output_strides
+from .long_arguments import COUNTS, Call, output_strides
 from .long_tiles import (
     NO_MASK,
     REGIONS,
@@ -36,13 +36,13 @@ _LARGEST_WORKSPACE = 2**27
 """Floats of partial sums; fewer parts above it."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _long_bwd_bias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, partial_ptr,
     bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_gi, stride_gh, stride_gy, stride_gx,
-    bias_head, bias_row, bias_columns,
+    bias_head, bias_row,
     images, windows, heads, tokens, columns, height, width, padded_height, padded_width, shift,
     scale_log2, threshold, keep_scale, parts,
     SIDE: tl.constexpr, PADDED: tl.constexpr, ALIGN: tl.constexpr, DOUT_ALIGN: tl.constexpr,
@@ -71,7 +71,7 @@ def _long_bwd_bias_kernel(
     last = tokens - 1
     row, column = tl.minimum(query, last), tl.minimum(key, last)
     bias_base = bias_ptr + head.to(tl.int64) * bias_head
-    bias = bias_tile(bias_base, query[:, None], key[None, :], bias_row, bias_columns, tokens, BIAS)
+    bias = bias_tile(bias_base, query[:, None], key[None, :], bias_row, tokens)
     factor = tl.load(factor_ptr + head) * LOG2E if COSINE else 1.0
     q_pad = pad_distance(pad_ptr, q_ptr, 0, heads, HEAD_DIM, ALIGN) if PADDED else 0
     k_pad = pad_distance(pad_ptr, k_ptr, 1, heads, HEAD_DIM, ALIGN) if PADDED else 0
@@ -113,8 +113,8 @@ def _long_bwd_bias_kernel(
         if MASK == NO_MASK:
             scores += bias
         else:
-            q_region = regions(query, window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
-            k_region = regions(key, window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
+            q_region = regions(tl.minimum(query, last), window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
+            k_region = regions(tl.minimum(key, last), window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
             mask_base = mask_ptr + window.to(tl.int64) * tokens * tokens if MASK != REGIONS else 0
             scores += mask_tile(bias, mask_base, query[:, None], key[None, :], q_region, k_region, tokens, MASK)
         weights = tl.exp2(scores - lse[:, None])

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import device_of, dot_precision
-from .long_arguments import Call, cut_call, output_strides
+from .long_arguments import COUNTS, Call, cut_call, output_strides
+from .long_bias import prepare_bias
 from .long_tiles import (
-    NO_BIAS,
     NO_MASK,
     REGIONS,
     bias_tile,
@@ -33,12 +33,12 @@ from .long_tiles import (
 from .tile_math import LOG2E, dropout_keep, operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS[:-1])
 def _long_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_oi, stride_oh, stride_oy, stride_ox,
-    bias_head, bias_row, bias_columns,
+    bias_head, bias_row,
     images, windows, heads, tokens, columns, height, width, padded_height, padded_width, shift,
     scale_log2, threshold, keep_scale,
     SIDE: tl.constexpr, PADDED: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
@@ -61,8 +61,8 @@ def _long_fwd_kernel(
     query = first + tl.arange(0, BLOCK_M)
     last = tokens - 1
     q_y, q_x = place_tokens(tl.minimum(query, last), window, geometry, SIDE)
-    q_region = regions(query, window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
-    bias_base = bias_ptr + head.to(tl.int64) * bias_head if BIAS != NO_BIAS else 0
+    q_region = regions(tl.minimum(query, last), window, geometry, SIDE)[:, None] if MASK == REGIONS else 0
+    bias_base = bias_ptr + head.to(tl.int64) * bias_head if BIAS else 0
     mask_base = mask_ptr + window.to(tl.int64) * tokens * tokens if MASK != NO_MASK and MASK != REGIONS else 0
     factor = tl.load(factor_ptr + head) * LOG2E if COSINE else 1.0
 
@@ -90,10 +90,10 @@ def _long_fwd_kernel(
         key = key_start + tl.arange(0, BLOCK_N)
         inside = tl.minimum(key, last) if TAIL else key
         k_y, k_x = place_tokens(inside, window, geometry, SIDE)
-        k_region = regions(key, window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
-        if (BIAS != NO_BIAS) or (MASK != NO_MASK) or TAIL:
-            if BIAS != NO_BIAS:
-                addend = bias_tile(bias_base, query[:, None], key[None, :], bias_row, bias_columns, tokens, BIAS)
+        k_region = regions(tl.minimum(key, last), window, geometry, SIDE)[None, :] if MASK == REGIONS else 0
+        if BIAS or (MASK != NO_MASK) or TAIL:
+            if BIAS:
+                addend = bias_tile(bias_base, query[:, None], key[None, :], bias_row, tokens)
             else:
                 addend = plain_addend(query[:, None], key[None, :], tokens, TAIL)
             addend = mask_tile(addend, mask_base, query[:, None], key[None, :], q_region, k_region, tokens, MASK)
@@ -111,7 +111,7 @@ def _long_fwd_kernel(
                 scores *= query_factors[g][:, None] * inverse[None, :]
             else:
                 scores *= scale_log2
-            if (BIAS != NO_BIAS) or (MASK != NO_MASK) or TAIL:
+            if BIAS or (MASK != NO_MASK) or TAIL:
                 scores += addend
 
             peak = tl.maximum(peaks[g], tl.max(scores, 1))
@@ -155,6 +155,7 @@ def launch_long_forward(
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if query.numel():
+        bias = None if bias is None else prepare_bias(bias, turned=False)
         call = cut_call(query, key, value, bias, mask, seed, scale, dropout_p)
         run_forward(call, out, lse)
     return out, lse

@@ -18,8 +18,6 @@ from .tile_math import in_base_2
 
 # Kinds of masks: none; numbers to add; bytes, zero hides; the regions of a shifted image.
 NO_MASK, NUMBERS, FLAGS, REGIONS = (tl.constexpr(kind) for kind in (0, 1, 2, 3))
-# Kinds of biases: none; as the caller gave it; in base 2, with minus infinity in padding columns.
-NO_BIAS, NATURAL, BASE_2 = (tl.constexpr(kind) for kind in (0, 1, 2))
 
 PENALTY = tl.constexpr(_REGION_PENALTY * 1.4426950408889634)
 
@@ -159,16 +157,12 @@ def store_output(
 
 
 @triton.jit
-def bias_tile(bias_base, row, column, bias_row, bias_columns, tokens, BIAS: tl.constexpr):
-    """Bias in base 2, fp32, of rows `[rows, 1]` and columns `[1, columns]`; hides padding columns.
+def bias_tile(bias_base, row, column, bias_row, tokens):
+    """Bias of rows `[rows, 1]` and columns `[1, columns]`, as `long_bias` made it; hides padding columns.
 
     Rows past the end repeat the last one: whatever they get is not stored.
     """
-    offset = tl.minimum(row, tokens - 1) * bias_row + column
-    bias = tl.load(bias_base + offset, mask=column < bias_columns, other=-float("inf"))
-    if BIAS == NATURAL:
-        bias = in_base_2(bias)
-    return bias.to(tl.float32)
+    return tl.load(bias_base + (tl.minimum(row, tokens - 1) * bias_row + column))
 
 
 @triton.jit

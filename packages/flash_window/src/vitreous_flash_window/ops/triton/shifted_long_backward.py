@@ -16,13 +16,14 @@ from ..reference import MAX_LOGIT_SCALE
 from .arguments import device_of
 from .long_arguments import Geometry
 from .long_backward import Gradients, run_backward
+from .long_bias import spread_table
 from .long_bias_gradient import bias_partials
-from .shifted_long_forward import image_call, image_geometry, spread_table
+from .shifted_long_forward import image_call, image_geometry
 
 _FOLD_ROWS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _fold_table_kernel(
     partial_ptr, table_ptr, parts, heads, SIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -78,7 +79,7 @@ def launch_shifted_long_backward(
         None if logit_scale is None else torch.empty(lse.shape, **small),
         torch.empty(geometry.units * strips, 2, heads, head_dim, **small) if geometry.has_padding else None,
     )
-    turned_bias = None if bias_table is None else spread_table(bias_table, geometry, turned=True)
+    turned_bias = None if bias_table is None else spread_table(bias_table, geometry.side, turned=True)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dout, out = dout.unflatten(-1, (heads, head_dim)), out.unflatten(-1, (heads, head_dim))
     delta = run_backward(call, turned_bias, dout, out, lse, gradients)

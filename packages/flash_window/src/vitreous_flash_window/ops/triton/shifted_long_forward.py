@@ -1,8 +1,4 @@
-"""Forward of long windows on the packed image: the bias table spread out once, then the kernel of `long_forward`.
-
-A table of `(2w - 1)^2` entries is read from `[N, N]` places; gathering it in every program costs more than reading the
-spread bias, which the second-level cache holds, so it is spread once per call.
-"""
+"""Forward of long windows on the packed image: the kernel of `long_forward` on views, and norms for the cosines."""
 
 # mypy: ignore-errors
 
@@ -18,39 +14,17 @@ from torch import Tensor
 from ..reference import NORM_EPS as _NORM_EPS
 from ..reference import logit_factor
 from .arguments import device_of, padded_head_dim
-from .long_arguments import BASE_2, NO_BIAS, NO_MASK, REGIONS, Call, Geometry, row_length
+from .long_arguments import COUNTS, NO_MASK, REGIONS, Call, Geometry
+from .long_bias import spread_table
 from .long_forward import run_forward
 from .long_tiles import load_input, pad_distance, place_tokens
-from .tile_math import in_base_2
 
 NORM_EPS = tl.constexpr(_NORM_EPS)
 
-_SPREAD_BLOCK = 64
 _NORM_ROWS = 64
 
 
-@triton.jit
-def _spread_table_kernel(
-    table_ptr, bias_ptr, heads, row_length, SIDE: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Base-2 bias `[H, N, row_length]` from `[(2 SIDE - 1)^2, H]`, rows queries, or keys when `TURNED`.
-
-    Minus infinity in padding columns. Grid: column blocks, row blocks, heads.
-    """
-    TOKENS: tl.constexpr = SIDE * SIDE
-    head = tl.program_id(2)
-    row = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    query, key = (column, row) if TURNED else (row, column)
-    y = query // SIDE - key // SIDE + (SIDE - 1)
-    x = query % SIDE - key % SIDE + (SIDE - 1)
-    is_pair = (row < TOKENS) & (column < TOKENS)
-    bias = tl.load(table_ptr + (y * (2 * SIDE - 1) + x) * heads + head, mask=is_pair, other=-float("inf"))
-    place = (head.to(tl.int64) * TOKENS + row) * row_length + column
-    tl.store(bias_ptr + place, in_base_2(bias), mask=(row < TOKENS) & (column < row_length))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS[:-1])
 def _inverse_norm_kernel(
     q_ptr, k_ptr, pad_ptr, norm_ptr, stride_qi, stride_qh, stride_qy, stride_qx,
     images, windows, heads, tokens, columns, height, width, padded_height, padded_width, shift,
@@ -125,27 +99,13 @@ def image_call(
         pad = qkv.new_zeros(channels) if pad_qkv is None else pad_qkv.to(qkv.dtype).contiguous()
     call = Call(
         geometry, query, key, value,
-        None if bias_table is None else spread_table(bias_table, geometry, turned=False),
-        NO_BIAS if bias_table is None else BASE_2,
+        None if bias_table is None else spread_table(bias_table, geometry.side, turned=False),
         None, REGIONS if geometry.shift > 0 else NO_MASK, pad, seed, None, None, scale, dropout_p,
     )  # fmt: skip
     if logit_scale is None:
         return call
     factor = logit_factor(logit_scale.float()).flatten()
     return replace(call, norms=_inverse_norms(call), factor=factor)
-
-
-def spread_table(table: Tensor, geometry: Geometry, turned: bool) -> Tensor:
-    """The bias as kernels read it, or transposed: base 2, fp32, minus infinity in padding columns."""
-    heads, tokens = geometry.heads, geometry.tokens
-    table = table.contiguous()
-    bias = torch.empty(heads, tokens, row_length(tokens), dtype=torch.float32, device=table.device)
-    grid = (-(-bias.shape[2] // _SPREAD_BLOCK), -(-tokens // _SPREAD_BLOCK), heads)
-    with device_of(table):
-        _spread_table_kernel[grid](
-            table, bias, heads, bias.shape[2], SIDE=geometry.side, TURNED=turned, BLOCK=_SPREAD_BLOCK, num_warps=4
-        )
-    return bias
 
 
 def _inverse_norms(call: Call) -> Tensor:
