@@ -170,7 +170,7 @@ def window_cases() -> Iterator[Case]:
         providers = [
             attention_provider("hwa", ours, instead=on_curve),
             attention_provider("wsa", ours),
-            attention_provider("wsa-window-order", ours, order="window", tile=window),
+            attention_provider("wsa-window-order", ours, order="window", tile=window, pattern=Window1d(window**2)),
             attention_provider("sdpa-window-order", partial(windowed, fused=True), order="window", tile=window),
             _named("eager-wsa", EAGER_WINDOWS),
         ]
