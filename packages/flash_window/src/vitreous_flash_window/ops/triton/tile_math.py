@@ -6,6 +6,7 @@ any product is zero, and they are never stored.
 """
 
 # mypy: ignore-errors
+# ruff: noqa: RUF005 - Triton's language cannot unpack one tuple into another
 
 from __future__ import annotations
 
@@ -83,6 +84,21 @@ def load_rows(base, offsets, is_row, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
+def load_chunk(
+    base, c: tl.constexpr, offs_d, stride_n, stride_d, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    TAIL: tl.constexpr, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Chunk `c` of a window's rows (see `addend_tiles`), zero past the end."""
+    WIDTH: tl.constexpr = COLUMNS if c < WHOLE else TAIL
+    token = tl.arange(0, WIDTH)
+    # One set of offsets for all chunks, which costs registers once.
+    base += tl.cast(stride_n, tl.int64) * (c * COLUMNS)
+    is_token = token < TOKENS - c * COLUMNS
+    offsets = row_offsets(token, offs_d, stride_n, stride_d)
+    return load_rows(base, offsets, is_token, offs_d, HEAD_DIM, BLOCK_D, c * COLUMNS + WIDTH <= TOKENS)
+
+
+@triton.jit
 def store_rows(
     base, offsets, rows, is_row, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr
 ):  # fmt: skip
@@ -125,12 +141,6 @@ def addend_tile(ptr, row_index, column_index, stride_row, stride_column, TOKENS:
         offset = row_index.to(tl.int64) * stride_row + column_index.to(tl.int64) * stride_column
         addend = tl.where(tl.load(ptr + offset, mask=is_pair, other=1) != 0, 0.0, -float("inf"))
     return tl.where(column_index < TOKENS, addend, -float("inf"))
-
-
-@triton.constexpr_function
-def is_full(chunk, tokens, columns, tail, whole):
-    """Whether all columns of a chunk are tokens."""
-    return chunk * columns + (columns if chunk < whole else tail) <= tokens
 
 
 @triton.jit

@@ -7,6 +7,7 @@ computes every gradient from query, key, value and dout alone. Else it computes 
 """
 
 # mypy: ignore-errors
+# ruff: noqa: RUF005 - Triton's language cannot unpack one tuple into another
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from .tile_math import (
     add_mask_tiles,
     addend_tiles,
     dropout_keep,
-    is_full,
+    load_chunk,
     load_rows,
     mask_groups,
     operand,
@@ -89,7 +90,10 @@ def _window_bwd_rows_kernel(
     q_offsets = row_offsets(rows, offs_d, stride_qn * ALIGN, stride_qd)
     g_offsets = row_offsets(rows, offs_d, stride_gn * ALIGN, stride_gd)
     dq_offsets = row_offsets(rows, offs_d, stride_dqn * ALIGN, stride_dqd)
-    if STRIPS > 1:
+    if STRIPS == 1:
+        dk_offsets = row_offsets(rows, offs_d, stride_dkn * ALIGN, stride_dkd)
+        dv_offsets = row_offsets(rows, offs_d, stride_dvn * ALIGN, stride_dvd)
+    else:
         o_offsets = row_offsets(rows, offs_d, stride_on * ALIGN, stride_od)
     bias = addend_tiles(
         bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
@@ -122,17 +126,11 @@ def _window_bwd_rows_kernel(
                 lse = tl.load(lse_ptr + window_head * TOKENS + rows, mask=is_row, other=float("inf"))
             new_sums = ()
             for c in tl.static_range(CHUNKS):
-                column = tl.arange(0, COLUMNS if c < WHOLE else TAIL)
-                is_column = column < TOKENS - c * COLUMNS
-                k_offsets = row_offsets(column, offs_d, stride_kn * ALIGN, stride_kd)
-                v_offsets = row_offsets(column, offs_d, stride_vn * ALIGN, stride_vd)
-                k_chunk = k_base + tl.cast(stride_kn, tl.int64) * (c * COLUMNS * ALIGN)
-                v_chunk = v_base + tl.cast(stride_vn, tl.int64) * (c * COLUMNS * ALIGN)
-                k = load_rows(
-                    k_chunk, k_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                k = load_chunk(
+                    k_base, c, offs_d, stride_kn * ALIGN, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
-                v = load_rows(
-                    v_chunk, v_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                v = load_chunk(
+                    v_base, c, offs_d, stride_vn * ALIGN, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -145,8 +143,8 @@ def _window_bwd_rows_kernel(
                     weights *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
                 kept = weights
                 if DROPOUT:
-                    key = (column + c * COLUMNS)[None, :]
-                    keep = dropout_keep(seed_ptr, window_head, rows[:, None], key, threshold)
+                    key = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
+                    keep = dropout_keep(seed_ptr, window_head, rows[:, None], key[None, :], threshold)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
                     kept = tl.where(keep, weights * keep_scale, 0.0)
                 if STRIPS == 1:
@@ -159,36 +157,16 @@ def _window_bwd_rows_kernel(
                     dq = tl.dot(dscores, k, input_precision=PRECISION)
                 else:
                     dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
-                if STRIPS == 1:
-                    dv = tl.dot(tl.trans(operand(kept, dout, PRECISION)), dout, input_precision=PRECISION)
-                    dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
-                    dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
-                    dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
-                    dk_offsets = row_offsets(column, offs_d, stride_dkn * ALIGN, stride_dkd)
-                    dv_offsets = row_offsets(column, offs_d, stride_dvn * ALIGN, stride_dvd)
-                    store_rows(
-                        dv_base,
-                        dv_offsets,
-                        dv,
-                        is_column,
-                        offs_d,
-                        HEAD_DIM,
-                        BLOCK_D,
-                        is_full(c, TOKENS, COLUMNS, TAIL, WHOLE),
-                    )
-                    store_rows(
-                        dk_base,
-                        dk_offsets,
-                        dk * scale,
-                        is_column,
-                        offs_d,
-                        HEAD_DIM,
-                        BLOCK_D,
-                        is_full(c, TOKENS, COLUMNS, TAIL, WHOLE),
-                    )
             sums = new_sums
             dq_base = dq_ptr + (window * stride_dqw + head * stride_dqh) * ALIGN
             store_rows(dq_base, dq_offsets, dq * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            if STRIPS == 1:
+                dv = tl.dot(tl.trans(operand(kept, dout, PRECISION)), dout, input_precision=PRECISION)
+                dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
+                dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
+                dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
+                store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+                store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
 
     if NEEDS_BIAS:
         tile = partials_ptr + (part.to(tl.int64) * heads + head) * (TOKENS * TOKENS)
@@ -258,29 +236,22 @@ def _window_bwd_keys_kernel(
             k = load_rows(k_base, k_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
             v = load_rows(v_base, v_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
             for c in tl.static_range(CHUNKS):
-                column = tl.arange(0, COLUMNS if c < WHOLE else TAIL)
-                is_column = column < TOKENS - c * COLUMNS
-                q_offsets = row_offsets(column, offs_d, stride_qn * ALIGN, stride_qd)
-                g_offsets = row_offsets(column, offs_d, stride_gn * ALIGN, stride_gd)
-                q_chunk = q_base + tl.cast(stride_qn, tl.int64) * (c * COLUMNS * ALIGN)
-                g_chunk = g_base + tl.cast(stride_gn, tl.int64) * (c * COLUMNS * ALIGN)
-                q = load_rows(
-                    q_chunk, q_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                q = load_chunk(
+                    q_base, c, offs_d, stride_qn * ALIGN, stride_qd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
-                dout = load_rows(
-                    g_chunk, g_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                dout = load_chunk(
+                    g_base, c, offs_d, stride_gn * ALIGN, stride_gd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 # Queries past the end weigh nothing.
-                row = window_head * TOKENS + c * COLUMNS + column
-                lse = tl.load(lse_ptr + row, mask=is_column, other=float("inf"))
-                delta = tl.load(delta_ptr + row, mask=is_column, other=0.0)
+                query = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
+                lse = tl.load(lse_ptr + window_head * TOKENS + query, mask=query < TOKENS, other=float("inf"))
+                delta = tl.load(delta_ptr + window_head * TOKENS + query, mask=query < TOKENS, other=0.0)
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + addends[c]
                 weights = tl.exp2(scores - lse[None, :])
                 dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
                 kept = weights
                 if DROPOUT:
-                    query = (column + c * COLUMNS)[None, :]
-                    keep = dropout_keep(seed_ptr, window_head, query, rows[:, None], threshold)
+                    keep = dropout_keep(seed_ptr, window_head, query[None, :], rows[:, None], threshold)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
                     kept = tl.where(keep, weights * keep_scale, 0.0)
                 dscores = operand(weights * (dweights - delta[None, :]), q, PRECISION)

@@ -30,7 +30,7 @@ from .tile_math import (
     add_mask_tiles,
     addend_tiles,
     dropout_keep,
-    is_full,
+    load_chunk,
     load_rows,
     mask_groups,
     operand,
@@ -89,17 +89,11 @@ def _window_fwd_kernel(
             v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
             q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
             for c in tl.static_range(CHUNKS):
-                column = tl.arange(0, COLUMNS if c < WHOLE else TAIL)
-                is_column = column < TOKENS - c * COLUMNS
-                k_offsets = row_offsets(column, offs_d, stride_kn * ALIGN, stride_kd)
-                v_offsets = row_offsets(column, offs_d, stride_vn * ALIGN, stride_vd)
-                k_chunk = k_base + tl.cast(stride_kn, tl.int64) * (c * COLUMNS * ALIGN)
-                v_chunk = v_base + tl.cast(stride_vn, tl.int64) * (c * COLUMNS * ALIGN)
-                k = load_rows(
-                    k_chunk, k_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                k = load_chunk(
+                    k_base, c, offs_d, stride_kn * ALIGN, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
-                v = load_rows(
-                    v_chunk, v_offsets, is_column, offs_d, HEAD_DIM, BLOCK_D, is_full(c, TOKENS, COLUMNS, TAIL, WHOLE)
+                v = load_chunk(
+                    v_base, c, offs_d, stride_vn * ALIGN, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
                 if c == 0:
@@ -113,8 +107,8 @@ def _window_fwd_kernel(
                     weights = tl.exp2(scores - largest[:, None])
                     total = total * shrink + tl.sum(weights, 1)
                 if DROPOUT:
-                    column += c * COLUMNS
-                    keep = dropout_keep(seed_ptr, window * heads + head, rows[:, None], column[None, :], threshold)
+                    key = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
+                    keep = dropout_keep(seed_ptr, window * heads + head, rows[:, None], key[None, :], threshold)
                     weights = tl.where(keep, weights, 0.0)
                 if c == 0:
                     out = tl.dot(operand(weights, v, PRECISION), v, input_precision=PRECISION)
