@@ -141,6 +141,26 @@ def test_record_of_a_reproduction(card, tmp_path):
     assert again.name == f"{record.name}-2"
 
 
+def test_variants_of_a_reproduction(card, tmp_path, monkeypatch):
+    trained = []
+
+    def train(config, **options):
+        trained.append((config.randomness.seed, config.model.backbone.get("backend"), config.train_cfg.max_epochs))
+        raise UserError("enough")
+
+    monkeypatch.setattr(reproduce, "train", train)
+    for variant, expected in (
+        (reproduce.Variant(), (0, None, 3)),
+        (reproduce.Variant(seed=4, backend="triton"), (4, "triton", 3)),
+    ):
+        with pytest.raises(UserError, match="enough"):
+            reproduce.reproduce(card, tmp_path, tmp_path, variant, settings={"train_cfg.max_epochs": 3})
+        assert trained.pop() == expected
+    names = [reproduce._name_run(tmp_path, "0123456789", v)[10:] for v in (reproduce.Variant(), reproduce.Variant(1))]
+    assert names == ["-01234567", "-01234567-seed1"]
+    assert reproduce.Variant(0, "torch").label == "torch-seed0"
+
+
 def test_choice_of_reproduction_configs(monkeypatch):
     @dataclass(frozen=True)
     class Other(Paper):

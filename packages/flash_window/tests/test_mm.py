@@ -1,5 +1,6 @@
 """Flash-Swin inside MMPretrain: names, recipes, training, loading, inference."""
 
+import json
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 import vitreous_flash_window.mm  # noqa: F401
+from vitreous_core.mm import reproduce
 from vitreous_core.papers import papers
 from vitreous_flash_window import FlashShiftWindowMSA, FlashSwinTransformer, FlashWindowMSA
 
@@ -198,3 +200,18 @@ def test_layer_wise_learning_rates():
     assert rates[id(model.head.fc.weight)] == 1.0
     assert rates[id(model.backbone.stages[1].blocks[1].norm1.weight)] == 0.5
     assert rates[id(model.backbone.patch_embed.projection.weight)] == 0.5**5
+
+
+def test_reproductions_run_side_by_side_and_say_how_they_end(tmp_path, capfd):
+    settings = ["train_cfg.max_epochs=1", "param_scheduler=None", "train_dataloader.dataset.indices=64"]
+    options = ["--seed", "0", "1", "--backend", "torch", "--jobs", "2", "--commit", "0123456789-dirty"]
+    folders = ["--out", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work")]
+    assert reproduce.main(["flash_window", DIGITS[0], *options, *folders, "--cfg-options", *settings]) == 0
+    records = sorted((tmp_path / "out" / "flash_window" / DIGITS[0]).iterdir())
+    assert [record.name[10:] for record in records] == ["-01234567-torch-seed0", "-01234567-torch-seed1"]
+    printed = capfd.readouterr().out
+    assert all(str(record) in printed for record in records)
+    facts = json.loads((records[1] / "run.json").read_text())
+    assert (facts["seed"], facts["backend"], facts["commit"], facts["dirty"]) == (1, "torch", "0123456789", True)
+    assert "backend='torch'" in (records[0] / "config.py").read_text()
+    assert reproduce.main(["flash_window", DIGITS[0], *options, *folders, "--cfg-options", "nonsense"]) == 2

@@ -2,6 +2,10 @@
 
 Without names it runs the paper's small-data configs. Each run leaves `<out>/<paper>/<config>/<run>/` with the
 resolved config, every training and validation record, and who ran it where; weights stay in the work dir.
+
+Several seeds and backends of one config, side by side in processes, show whether a kernel trains as the reference does:
+
+    python -m vitreous_core.mm.reproduce PAPER CONFIG-NAME --seed 0 1 2 --backend torch triton --jobs 6
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,7 @@ from .. import __version__
 from ..errors import StateMismatch, UserError
 from ..papers import Paper
 from ..zoo import ModelCard, find_model, find_paper, models
-from .train import TrainResult, load_config, read_history, train
+from .train import TrainResult, load_config, parse_options, read_history, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,14 +43,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/repro"), help="default: %(default)s")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--seed", type=int, nargs="+", help="a run for each, instead of the config's")
+    parser.add_argument("--backend", nargs="+", help="a run for each, instead of the config's backbone.backend")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="settings that differ from the config's")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process (default: 1)")
+    parser.add_argument("--commit", metavar="SHA", help="recorded instead of what git says, e.g. 1a2b3c4-dirty")
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        for card in choose_configs(find_paper(options.paper), options.configs):
-            console.print(f"[bold]{card.name}[/]")
+        cards = choose_configs(find_paper(options.paper), options.configs)
+        variants = [Variant(seed, backend) for seed in options.seed or [None] for backend in options.backend or [None]]
+        runs = [(card, variant) for card in cards for variant in variants]
+        if options.jobs > 1 and len(runs) > 1:
+            return _run_side_by_side(runs, options, console)
+        for card, variant in runs:
+            console.print(f"[bold]{card.name}[/] {variant.label}")
             record = reproduce(
-                card, options.out, options.work_dir, amp=options.amp, launcher=options.launcher, console=console
-            )
+                card, options.out, options.work_dir, variant, amp=options.amp, launcher=options.launcher,
+                settings=parse_options(options.cfg_options), commit=options.commit, console=console,
+            )  # fmt: skip
             console.print(str(record))
         return 0
     except KeyboardInterrupt:
@@ -53,6 +71,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, StateMismatch) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
         return 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a run changes of its config.
+
+    Args:
+        seed: of everything random, or None for the config's.
+        backend: of the backbone, or None for the config's.
+    """
+
+    seed: int | None = None
+    backend: str | None = None
+
+    @property
+    def label(self) -> str:
+        """For names: `"triton-seed0"`; empty when nothing is changed."""
+        seed = None if self.seed is None else f"seed{self.seed}"
+        return "-".join(part for part in (self.backend, seed) if part is not None)
+
+    def settings(self) -> dict[str, Any]:
+        """As `--cfg-options`."""
+        given = {"randomness.seed": self.seed, "model.backbone.backend": self.backend}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 def choose_configs(paper: Paper, names: Sequence[str]) -> list[ModelCard]:
@@ -74,23 +116,40 @@ def reproduce(
     card: ModelCard,
     out: Path,
     work_dir: Path,
+    variant: Variant = Variant(),
     *,
     amp: bool = False,
     launcher: str = "none",
+    settings: Mapping[str, Any] | None = None,
+    commit: str | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train one config and write its record.
 
-    A run is named by day and commit. One that was interrupted is continued; after a finished one of the same
+    A run is named by day, commit and variant. One that was interrupted is continued; after a finished one of the same
     name the next gets a number.
+
+    Args:
+        card: the config.
+        out: records go to `<out>/<paper>/<config>/<run>`.
+        work_dir: checkpoints and logs go to `<work_dir>/<config>/<run>`.
+        variant: seed and backend.
+        amp, launcher: as in `train`.
+        settings: further changes of the config, by dotted name.
+        commit: recorded instead of what git says, where the sources are no checkout; `-dirty` behind it says that
+            files had changed.
+        console: where progress is shown.
 
     Returns:
         The folder of the record.
     """
     card.paper.module("mm")
-    config = load_config(card.config)
-    commit, dirty = _describe_source(card.paper)
-    run = _name_run(out / card.paper.name / card.name, commit)
+    config = load_config(card.config, {**(settings or {}), **variant.settings()})
+    if commit is None:
+        commit, dirty = _describe_source(card.paper)
+    else:
+        commit, dirty = commit.removesuffix("-dirty"), commit.endswith("-dirty")
+    run = _name_run(out / card.paper.name / card.name, commit, variant)
     record = out / card.paper.name / card.name / run
     result = train(
         config, work_dir=work_dir / card.name / run, resume=True, amp=amp, launcher=launcher, console=console
@@ -104,8 +163,30 @@ def reproduce(
     return record
 
 
-def _name_run(folder: Path, commit: str | None) -> str:
+def _run_side_by_side(runs: Sequence[tuple[ModelCard, Variant]], options: argparse.Namespace, console: Console) -> int:
+    """Each run by a process of its own, which says on its last line where its record is."""
+    shared = ["--out", str(options.out), "--work-dir", str(options.work_dir), "--launcher", options.launcher]
+    shared += ["--amp"] * options.amp
+    shared += ["--commit", options.commit] if options.commit else []
+    shared += ["--cfg-options", *options.cfg_options] if options.cfg_options else []
+
+    def run(entry: tuple[ModelCard, Variant]) -> int:
+        card, variant = entry
+        own = [] if variant.seed is None else ["--seed", str(variant.seed)]
+        own += [] if variant.backend is None else ["--backend", variant.backend]
+        command = [sys.executable, "-m", "vitreous_core.mm.reproduce", options.paper, card.name, *own, *shared]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
+        console.print(f"[bold]{card.name}[/] {variant.label}: {''.join(last)}")
+        return done.returncode
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return max(pool.map(run, runs))
+
+
+def _name_run(folder: Path, commit: str | None, variant: Variant) -> str:
     name = f"{time.strftime('%Y-%m-%d')}-{(commit or 'unknown')[:8]}"
+    name = f"{name}-{variant.label}" if variant.label else name
     number = 1
     while (folder / _numbered(name, number) / "run.json").exists():
         number += 1
@@ -134,6 +215,7 @@ def _describe(config: Config, result: TrainResult) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     return {
         "seed": config.get("randomness", {}).get("seed"),
+        "backend": config.model.backbone.get("backend"),
         "epochs": result.epochs,
         "metric": result.metric,
         "best": result.best,

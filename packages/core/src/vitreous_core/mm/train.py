@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import errno
 import itertools
@@ -13,14 +14,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -77,6 +78,20 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
         config.merge_from_dict(dict(options))
     # Every checkpoint stores the config's text, and formatting it with yapf each time adds up to seconds.
     return Config(config.to_dict(), config.text, config.filename, format_python_code=False)
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """The `KEY=VALUE` pairs of `--cfg-options`, as MMEngine reads them.
+
+    Raises:
+        UserError: for a pair without `=`.
+    """
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--cfg-options takes KEY=VALUE pairs; got {pair!r}")
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--cfg-options", nargs="*", action=DictAction, default={})
+    return dict(parser.parse_args(["--cfg-options", *pairs]).cfg_options) if pairs else {}
 
 
 def train(
