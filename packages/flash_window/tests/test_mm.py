@@ -1,7 +1,7 @@
 """Flash-Swin inside MMPretrain: names, recipes, training, loading, inference."""
 
-import json
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -202,16 +202,36 @@ def test_layer_wise_learning_rates():
     assert rates[id(model.backbone.patch_embed.projection.weight)] == 0.5**5
 
 
-def test_reproductions_run_side_by_side_and_say_how_they_end(tmp_path, capfd):
-    settings = ["train_cfg.max_epochs=1", "param_scheduler=None", "train_dataloader.dataset.indices=64"]
-    options = ["--seed", "0", "1", "--backend", "torch", "--jobs", "2", "--commit", "0123456789-dirty"]
-    folders = ["--out", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work")]
-    assert reproduce.main(["flash_window", DIGITS[0], *options, *folders, "--cfg-options", *settings]) == 0
-    records = sorted((tmp_path / "out" / "flash_window" / DIGITS[0]).iterdir())
-    assert [record.name[10:] for record in records] == ["-01234567-torch-seed0", "-01234567-torch-seed1"]
-    printed = capfd.readouterr().out
-    assert all(str(record) in printed for record in records)
-    facts = json.loads((records[1] / "run.json").read_text())
-    assert (facts["seed"], facts["backend"], facts["commit"], facts["dirty"]) == (1, "torch", "0123456789", True)
-    assert "backend='torch'" in (records[0] / "config.py").read_text()
-    assert reproduce.main(["flash_window", DIGITS[0], *options, *folders, "--cfg-options", "nonsense"]) == 2
+def test_reproductions_run_side_by_side(monkeypatch, capsys):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        fails = "triton" in command
+        return subprocess.CompletedProcess(command, 2 * fails, "first\nthe record\n", "reproduce: error: no GPU\n")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    options = [
+        "--seed",
+        "0",
+        "1",
+        "--backend",
+        "torch",
+        "triton",
+        "--jobs",
+        "3",
+        "--amp",
+        "--cfg-options",
+        "a=1",
+        "b=2",
+    ]
+    assert reproduce.main(["flash_window", DIGITS[0], *options, "--commit", "012-dirty"]) == 2
+    assert len(commands) == 4
+    assert all(command[-3:] == ["--cfg-options", "a=1", "b=2"] for command in commands)
+    assert all(command[command.index("--commit") + 1] == "012-dirty" for command in commands)
+    chosen = {(c[c.index("--seed") + 1], c[c.index("--backend") + 1]) for c in commands}
+    assert chosen == {(seed, backend) for seed in "01" for backend in ("torch", "triton")}
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{DIGITS[0]} torch-seed1: the record" in lines
+    assert f"{DIGITS[0]} triton-seed0: reproduce: error: no GPU" in lines
+    assert reproduce.main(["flash_window", DIGITS[0], "--cfg-options", "nonsense"]) == 2

@@ -373,62 +373,58 @@ def triton_image(problem: PackedImage, device: torch.device) -> Attend:
 def eager_image(problem: PackedImage, device: torch.device) -> Attend:
     """Roll, partition, split, eager attention with bias and region mask, merge, reverse and roll, as in MMPretrain."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        scores = query @ key.transpose(-2, -1) + bias.to(query.dtype)
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        scores = (query * scale) @ key.transpose(-2, -1) + bias.to(query.dtype)
         if mask is not None:
             windows = scores.unflatten(0, (-1, len(mask)))
             scores = (windows + mask[:, None].to(scores.dtype)).flatten(0, 1)
         return torch.softmax(scores, dim=-1) @ value
 
-    return _around(problem, attend)
+    return _around(problem, device, attend)
 
 
 def sdpa_image(problem: PackedImage, device: torch.device) -> Attend:
     """The same copies around PyTorch's fused attention, with bias and region mask added up into one mask."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         combined = bias.to(query.dtype)[None]
         if mask is not None:
             combined = combined + mask[:, None].to(query.dtype)
             combined = combined.repeat(query.shape[0] // len(mask), 1, 1, 1)
-        return F.scaled_dot_product_attention(query, key, value, combined, scale=1.0)
+        return F.scaled_dot_product_attention(query, key, value, combined, scale=scale)
 
-    return _around(problem, attend)
+    return _around(problem, device, attend)
 
 
 def triton_windows(problem: PackedImage, device: torch.device) -> Attend:
     """The same copies around `window_attention(backend="triton")`: what the fused operation saves."""
     resolve("triton", Problem(device, getattr(torch, problem.dtype), problem.window**2, problem.head_dim))
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        return window_attention(query, key, value, bias, mask, scale=1.0, backend="triton")
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        return window_attention(query, key, value, bias, mask, scale=scale, backend="triton")
 
-    return _around(problem, attend)
+    return _around(problem, device, attend)
 
 
-def _around(problem: PackedImage, attend: Callable[..., Tensor]) -> Attend:
-    """The steps before and after attention on cut windows, each a copy as models make it."""
+def _around(problem: PackedImage, device: torch.device, attend: Callable[..., Tensor]) -> Attend:
+    """The steps before and after attention on cut windows; the region mask is made beforehand."""
     side, shift, heads = problem.window, problem.shift, problem.heads
     rows, columns = problem.height // side, problem.width // side
+    mask = region_penalty(problem.height, problem.width, side, shift, device, torch.float32) if shift else None
 
     def run(x: Inputs) -> Tensor:
         qkv = x["qkv"]
         if shift:
             qkv = torch.roll(qkv, (-shift, -shift), dims=(1, 2))
-        windows = qkv.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
-        parts = windows.reshape(-1, side**2, 3, heads, problem.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = parts.unbind(0)
+        parts = qkv.view(-1, rows, side, columns, side, 3, heads, problem.head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        query, key, value = parts.reshape(3, -1, heads, side**2, problem.head_dim).unbind(0)
+        scale = problem.head_dim**-0.5
         if problem.cosine:
             factor = logit_factor(x["logit_scale"]).view(heads, 1, 1).to(query.dtype)
             query = F.normalize(query, dim=-1, eps=NORM_EPS) * factor
-            key = F.normalize(key, dim=-1, eps=NORM_EPS)
-        else:
-            query = query * problem.head_dim**-0.5
-        mask = None
-        if shift:
-            mask = region_penalty(problem.height, problem.width, side, shift, qkv.device, torch.float32)
-        out = attend(query, key, value, gather_bias(x["table"], side, side), mask)
-        merged = out.transpose(1, 2).reshape(-1, rows, columns, side, side, problem.channels).transpose(2, 3)
+            key, scale = F.normalize(key, dim=-1, eps=NORM_EPS), 1.0
+        out = attend(query, key, value, gather_bias(x["table"], side, side), mask, scale)
+        merged = out.view(-1, rows, columns, heads, side, side, problem.head_dim).permute(0, 1, 4, 2, 5, 3, 6)
         image = merged.reshape(-1, problem.height, problem.width, problem.channels)
         return torch.roll(image, (shift, shift), dims=(1, 2)) if shift else image
 
