@@ -197,7 +197,7 @@ class HilbertWindowTransformer(_HierarchicalBackbone):
                         channels[index], heads[index], window_size, block % 2 * (window_size**2 // 2), order=order,
                         relative_bias=relative_bias, map_size=map_size, qkv_bias=qkv_bias, backend=backend,
                     ),
-                    channels[index], mlp_ratio=settings["mlp_ratio"], drop_path=rates[index][block],
+                    channels[index], mlp_ratio=settings["mlp_ratio"],
                 )
                 for block in range(depth)
             ]  # fmt: skip
@@ -205,7 +205,7 @@ class HilbertWindowTransformer(_HierarchicalBackbone):
                 block.register_load_state_dict_pre_hook(_drop_mask_buffer)
             last = index == len(depths) - 1
             downsample = None if last else PatchMerging(channels[index], channels[index + 1])
-            self.layers.append(CurveStage(blocks, downsample, with_cp))
+            self.layers.append(CurveStage(blocks, rates[index], downsample, with_cp))
             map_size = tuple(-(-side // 2) for side in map_size)
         self._add_norms(channels)
         self._finish()
@@ -254,13 +254,13 @@ class _NeighborhoodBackbone(_HierarchicalBackbone):
             blocks = [
                 CurveBlock(
                     attention(index, block, channels[index], heads[index]), channels[index],
-                    mlp_ratio=settings["mlp_ratio"], drop_path=rates[index][block], layer_scale=settings["layer_scale"],
+                    mlp_ratio=settings["mlp_ratio"], layer_scale=settings["layer_scale"],
                 )
                 for block in range(depth)
             ]  # fmt: skip
             last = index == len(depths) - 1
             downsample = None if last else ConvDownsampler(channels[index], channels[index + 1])
-            self.levels.append(CurveStage(blocks, downsample, with_cp))
+            self.levels.append(CurveStage(blocks, rates[index], downsample, with_cp))
         self._add_norms(channels)
         self._finish()
 
@@ -367,54 +367,86 @@ class NeighborhoodAttentionTransformer(_NeighborhoodBackbone):
 
 
 class CurveStage(nn.Module):
-    """Blocks that work on tokens on one curve.
+    """Blocks that work on tokens on one curve, with stochastic depth (arXiv 1603.09382): in training, a sample's branch
+    is left out with the block's probability, and divided by one minus that otherwise.
 
     `downsample` belongs to the stage in the state dict, but the backbone calls it, after the stage's output.
     """
 
-    def __init__(self, blocks: Sequence[CurveBlock], downsample: nn.Module | None, with_cp: bool) -> None:
+    def __init__(
+        self, blocks: Sequence[CurveBlock], drop_path_rates: Sequence[float], downsample: nn.Module | None,
+        with_cp: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.drop_path_rates = tuple(drop_path_rates)
         self.downsample = downsample
         self.with_cp = with_cp
+        # Two branches per block, all drawn at once.
+        self.register_buffer("kept", 1 - torch.tensor(drop_path_rates).repeat_interleave(2)[:, None], persistent=False)
 
     @property
     def curve(self) -> Curve:
         """The curve that the stage's tokens lie on."""
         return self.blocks[0].attn.curve
 
+    def branch_factors(self, batch: int) -> list[Tensor | None]:
+        """What each sample's branches are multiplied by, fp32 `[B]`, two per block; None where none is left out."""
+        if not self.training or max(self.drop_path_rates) == 0:
+            return [None] * (2 * len(self.blocks))
+        kept = self.kept.float()
+        factors = kept.expand(-1, batch).bernoulli().div_(kept).unbind(0)
+        rates = (rate for rate in self.drop_path_rates for _ in range(2))
+        return [factor if rate > 0 else None for factor, rate in zip(factors, rates, strict=True)]
+
     def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        for block in self.blocks:
+        factors = self.branch_factors(len(tokens))
+        branch = factor = None
+        for index, block in enumerate(self.blocks):
+            arguments = (tokens, branch, factor, factors[2 * index], size)
             if self.with_cp and tokens.requires_grad:
-                tokens = checkpoint(block, tokens, size, use_reentrant=False)
+                tokens, branch = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                tokens = block(tokens, size)
-        return tokens
+                tokens, branch = block(*arguments)
+            factor = factors[2 * index + 1]
+        if factor is None:
+            return tokens + branch
+        return _ScaledSum.apply(tokens, branch, factor.view(-1, 1, 1))
 
 
 class CurveBlock(nn.Module):
-    """Pre-norm transformer block on tokens on a curve, with optional layer scales."""
+    """Pre-norm transformer block on tokens on a curve, with optional layer scales.
 
-    def __init__(
-        self, attn: CurveAttention, dim: int, *, mlp_ratio: float, drop_path: float, layer_scale: float | None = None
-    ) -> None:
+    Each norm adds the branch before it, so the block is given the last branch of the block before and leaves its own to
+    the next: tokens are read and written once between two branches.
+    """
+
+    def __init__(self, attn: CurveAttention, dim: int, *, mlp_ratio: float, layer_scale: float | None = None) -> None:
         super().__init__()
         self.norm1 = SumNorm(dim)
         self.attn = attn
         self.norm2 = SumNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-        scaled = layer_scale is not None
-        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
-        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
+        self.gamma1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma2 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
 
-    def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        tokens, normed = self.norm1(tokens)
-        branch = self.attn(normed, size, on_curve=True)
-        branch = branch if self.gamma1 is None else self.gamma1 * branch
-        tokens, normed = self.norm2(tokens, branch, self.drop_path.factor(tokens))
+    def forward(
+        self, tokens: Tensor, branch: Tensor | None, factor: Tensor | None, own_factor: Tensor | None, size: Size
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and the branch that is still to be added to them.
+
+        Args:
+            tokens: `[B, L, C]`.
+            branch: of the block before, to be added to them; None in the first block.
+            factor: of that branch, see `CurveStage.branch_factors`.
+            own_factor: of this block's attention.
+            size: `(height, width)`.
+        """
+        tokens, normed = self.norm1(tokens, branch, factor)
+        mixed = self.attn(normed, size, on_curve=True)
+        tokens, normed = self.norm2(tokens, mixed if self.gamma1 is None else self.gamma1 * mixed, own_factor)
         branch = self.mlp(normed)
-        return self.drop_path(tokens, branch if self.gamma2 is None else self.gamma2 * branch)
+        return tokens, branch if self.gamma2 is None else self.gamma2 * branch
 
 
 class PatchEmbed(nn.Module):
@@ -499,28 +531,6 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
-class DropPath(nn.Module):
-    """Adds a branch to its shortcut, with stochastic depth (arXiv 1603.09382): in training, a sample's branch is left
-    out with probability `rate`, and divided by `1 - rate` otherwise."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def factor(self, shortcut: Tensor) -> Tensor | None:
-        """What each sample's branch is multiplied by, fp32 `[B]`, drawn anew; None where nothing is left out."""
-        if not self.training or self.rate == 0:
-            return None
-        return torch.empty(len(shortcut), device=shortcut.device).bernoulli_(1 - self.rate).div_(1 - self.rate)
-
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        factor = self.factor(shortcut)
-        return shortcut + branch if factor is None else _ScaledSum.apply(shortcut, branch, factor.view(-1, 1, 1))
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
-
-
 class _ScaledSum(torch.autograd.Function):
     """`shortcut + branch * factor` in the dtype of the shortcut, one pass over memory each way.
 
@@ -528,14 +538,11 @@ class _ScaledSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(shortcut: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+        ctx.branch_dtype = branch.dtype
+        ctx.save_for_backward(factor)
         with torch.autocast(shortcut.device.type, enabled=False):
             return torch.addcmul(shortcut, branch, factor, out=torch.empty_like(shortcut))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.branch_dtype = inputs[1].dtype
-        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     @once_differentiable
