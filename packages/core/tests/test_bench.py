@@ -206,6 +206,17 @@ def test_the_masks_written_for_flex_are_the_patterns(pattern: Pattern) -> None:
     np.testing.assert_array_equal(got.numpy(), pattern.dense(7, 9))
 
 
+def test_a_way_that_does_not_compile_gives_way_to_the_next() -> None:
+    def fails(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        raise attention.InductorError(RuntimeError("out of shared memory\nand much more"), None)
+
+    tensors = attention.draw(SMALL, CPU)
+    works = attention.dense(SMALL, tensors)
+    assert attention.first_that_compiles([fails, works, fails], tensors) is works
+    with pytest.raises(Unavailable, match=r"does not compile: .*out of shared memory$"):
+        attention.first_that_compiles([fails], tensors)
+
+
 def test_flex_keeps_our_tables_where_arithmetic_cannot_say_it() -> None:
     assert attention.flex_mask(replace(SMALL, order="hilbert")) is None
     assert attention.flex_mask(replace(SMALL, pattern=Slide2d(3, 2))) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import flex_attention
 
 from ..errors import BackendUnsupported
@@ -22,6 +23,12 @@ from .case import Gate, Prepared, Provider, Unavailable, Work
 FORWARD, BOTH = "fwd", "fwd+bwd"
 FLEX_BLOCK = 128
 """FlexAttention's own block size."""
+FLEX_OPTIONS: tuple[dict[str, int], ...] = ({}, {"fwd_num_stages": 2}, {"num_stages": 2}, {"num_stages": 1})
+"""FlexAttention's `kernel_options`, tried in turn until one compiles.
+
+Its own choice for an H100 exceeds the shared memory once a score function reads a table: the 128 x 128 entries of a
+tile are buffered for each stage.
+"""
 _LONGEST_FP64 = 4096
 """Tokens up to which the truth is computed in fp64 on a GPU; above it in IEEE fp32, which is faster."""
 _MOST_SCORES = 2**29
@@ -307,14 +314,30 @@ def flex(problem: AttentionProblem, tensors: Tensors) -> Attend:
     )  # fmt: skip
     mask = layout.to_flex()
     mask.mask_mod = flex_mask(problem) or mask.mask_mod
-    attend = partial(compiled_flex(), score_mod=_flex_bias(problem, tensors.table), block_mask=mask)
+    score_mod = _flex_bias(problem, tensors.table)
+    return first_that_compiles(
+        [partial(compiled_flex(), score_mod=score_mod, block_mask=mask, kernel_options=options)
+         for options in FLEX_OPTIONS],
+        tensors,
+    )  # fmt: skip
 
-    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = attend(query, key, value)
-        assert isinstance(out, Tensor)
-        return out
 
-    return attended
+def first_that_compiles(ways: Sequence[Attend], tensors: Tensors) -> Attend:
+    """The first of several ways whose forward and backward TorchInductor can build.
+
+    Raises:
+        Unavailable: when there is none, with the last reason.
+    """
+    reason = "no way was given"
+    for attend in ways:
+        try:
+            out = attend(tensors.query, tensors.key, tensors.value)
+            torch.autograd.grad(out, tensors.leaves, tensors.cotangent)
+        except InductorError as error:
+            reason = str(error).strip().splitlines()[0]
+        else:
+            return attend
+    raise Unavailable(f"does not compile: {reason}")
 
 
 def flex_mask(problem: AttentionProblem) -> Callable[..., Tensor] | None:
@@ -547,7 +570,11 @@ def _image_cutter(height: int, width: int, side: int) -> tuple[Reshape, Reshape]
 
 
 TRITON = attention_provider("triton", ours)
-FLEX = attention_provider("flex", flex, facts={"compiled": "torch.compile(dynamic=False)", "block": FLEX_BLOCK})
+FLEX = attention_provider(
+    "flex", flex,
+    facts={"compiled": "torch.compile(dynamic=False)", "block": FLEX_BLOCK,
+           "kernel_options": f"the first of {FLEX_OPTIONS} that compiles"},
+)  # fmt: skip
 EAGER = attention_provider("eager", dense)
 SDPA = attention_provider("sdpa", sdpa)
 SDPA_WINDOWS = attention_provider("sdpa-windows", partial(windowed, fused=True))
