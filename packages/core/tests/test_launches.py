@@ -12,6 +12,12 @@ pytest.importorskip("triton")
 from vitreous_core.ops.block_sparse_attention.triton import configs, launches
 
 
+@pytest.fixture(autouse=True)
+def _no_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need a kernel that was really compiled."""
+    monkeypatch.setattr(launches, "_build_launcher", lambda kernel: None)
+
+
 class Recorder:
     """Stands for a compiled function and writes down what is asked of it."""
 

@@ -59,7 +59,21 @@ def _compile_new(launches: Sequence[Launch], device: torch.device) -> None:
         if key not in _known:
             new[key] = launch
     if len(new) > 1:
-        with ThreadPoolExecutor(len(new)) as pool, triton.AsyncCompileMode(pool):
-            for launch in new.values():
-                launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.settings)
+        with ThreadPoolExecutor(len(new)) as pool:
+            with triton.AsyncCompileMode(pool):
+                kernels = [
+                    launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.settings)
+                    for launch in new.values()
+                ]
+            list(pool.map(_build_launcher, kernels))
     _known.update(new)
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Leave what launches a kernel in Triton's cache, where the launch looks for it.
+
+    Triton 3.6 makes a C function for each signature, and its compiler takes as long as that of a small kernel.
+    """
+    if isinstance(kernel, triton.FutureKernel):
+        kernel = kernel.result()
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
