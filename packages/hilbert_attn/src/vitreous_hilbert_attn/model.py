@@ -400,7 +400,7 @@ class CurveStage(nn.Module):
         return [factor if rate > 0 else None for factor, rate in zip(factors, rates, strict=True)]
 
     def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        factors = self.branch_factors(len(tokens))
+        factors = self.branch_factors(tokens.shape[0])  # len() would fix the batch of an exported graph
         branch = factor = None
         for index, block in enumerate(self.blocks):
             arguments = (tokens, branch, factor, factors[2 * index], size)
