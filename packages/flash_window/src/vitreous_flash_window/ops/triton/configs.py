@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import padded_head_dim
+from .arguments import dot_precision, padded_head_dim
 
 LARGEST_TOKENS = 256
 LARGEST_TILE = 64
@@ -18,15 +18,18 @@ _LARGEST_TENSOR = 32 * 1024
 
 
 class Tile(NamedTuple):
-    """How one pass runs.
+    """One launch of a pass.
 
     Args:
-        rows: queries (or, for the gradients of keys and values, keys) that a program owns.
+        first, strips: its first row and its number of strips.
+        rows: queries (or, for the gradients of keys and values, keys) of a strip, which a program owns.
         columns, tail: width of the chunks that the other side comes in, and of the last one; 0: like the others.
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
     """
 
+    first: int
+    strips: int
     rows: int
     columns: int
     tail: int
@@ -37,8 +40,10 @@ class Tile(NamedTuple):
 
 def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
     """Whether the short kernels take windows of N tokens: keys and values of one head, 32 KiB each at most, on chip."""
-    rows = -(-tokens // 16) * 16
-    return tokens <= LARGEST_TOKENS and rows * padded_head_dim(head_dim) * itemsize <= _LARGEST_TENSOR
+    rows, columns = -(-tokens // 16) * 16, padded_head_dim(head_dim)
+    # Wide scalar products of fp32 would not fit into the registers.
+    fits = rows * columns * itemsize <= _LARGEST_TENSOR and (itemsize < 4 or columns <= LARGEST_TILE)
+    return tokens <= LARGEST_TOKENS and fits
 
 
 def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
@@ -46,9 +51,9 @@ def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
     return tokens > LARGEST_TILE or not fits_on_chip(tokens, head_dim, itemsize)
 
 
-def count_parts(device: torch.device, tile: Tile, windows: int, programs_per_part: int) -> int:
+def count_parts(device: torch.device, tile: Tile, windows: int, heads: int) -> int:
     """Among how many parts the windows are divided so that the programs of all parts fill the GPU once."""
-    return max(1, min(windows, _multiprocessors(device) * tile.programs // programs_per_part))
+    return max(1, min(windows, _multiprocessors(device) * tile.programs // (heads * tile.strips)))
 
 
 @cache
@@ -61,26 +66,70 @@ def _power_of_two(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
-def _tile(tokens: int, warps: int, stages: int, programs: int) -> Tile:
-    """A tile of 16 rows per warp; chunks of as many columns, the last as narrow as it can be."""
+# Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6: (stages, programs per multiprocessor), best first. The first
+# entry that fits into shared memory is taken; the last one always does.
+_FORWARD = ((4, 2), (3, 2), (2, 2), (2, 1), (1, 1))
+_FORWARD_CHUNKS = ((3, 2), (2, 2), (2, 1), (1, 1))
+_ROWS = ((3, 2), (2, 2), (2, 1), (1, 1))
+_ROWS_CHUNKS = ((2, 2), (2, 1), (1, 1))
+_KEYS = ((3, 2), (2, 2), (2, 1), (1, 1))
+# Programs of one or two warps: many of them make up for their being narrow.
+_SMALL = ((4, 8), (3, 8), (2, 8), (2, 4), (1, 2))
+_SMALL_CHUNKS = ((2, 8), (2, 6), (2, 4), (2, 2), (1, 1))
+
+_SHARED_MEMORY = 227 * 1024
+"""Of one multiprocessor."""
+
+_SCRATCH = 2
+"""Score tiles in the inputs' dtype that are exchanged through shared memory."""
+
+Choices = tuple[tuple[int, int], ...]
+
+
+def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
+    """The launches of the forward pass; between them, each row is in one strip."""
+    choices = _FORWARD_CHUNKS if tokens > LARGEST_TILE or dtype == torch.float32 else _FORWARD
+    return _launches(dtype, tokens, head_dim, 1, choices)
+
+
+def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
+    """The launches of the backward pass over queries."""
+    choices = _ROWS_CHUNKS if tokens > LARGEST_TILE or dtype == torch.float32 else _ROWS
+    return _launches(dtype, tokens, head_dim, 2, choices)
+
+
+def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
+    """The launches of the backward pass over keys, of windows that are more than one tile."""
+    return _launches(dtype, tokens, head_dim, 2, _KEYS)
+
+
+def _launches(dtype: torch.dtype, tokens: int, head_dim: int, row_tensors: int, choices: Choices) -> list[Tile]:
+    """Strips of 64 rows; where 32 or fewer rows remain (144 = 64 + 64 + 16), they are narrower strips of their own."""
+
+    def launch(first: int, strips: int, rows: int, columns: int, tail: int) -> Tile:
+        width = tokens // columns * columns + tail if tail else -(-tokens // columns) * columns
+        stage = (rows * row_tensors + width * 2) * padded_head_dim(head_dim) * dtype.itemsize
+        scratch = _SCRATCH * rows * columns * dtype.itemsize
+        sizes = choices if rows == LARGEST_TILE else _SMALL if tokens <= rows else _SMALL_CHUNKS
+        # Only products of four warps read a tile from shared memory while the next is written there.
+        spare = 0 if rows == LARGEST_TILE else 1
+        stages, programs = next(
+            (size for size in sizes if size[1] * ((size[0] - spare) * stage + scratch) <= _SHARED_MEMORY), sizes[-1]
+        )
+        # 16 rows per warp are what the matrix units work on; scalar products are spread over more.
+        warps = rows // 16 * (2 if dot_precision(dtype) == "ieee" else 1)
+        return Tile(first, strips, rows, columns, tail, warps, stages, programs)
+
     if tokens <= LARGEST_TILE:
         side = _power_of_two(tokens)
-        return Tile(side, side, 0, max(1, side // 16), stages, programs)
-    rest = tokens % LARGEST_TILE
+        return [launch(0, 1, side, side, 0)]
+    whole, rest = divmod(tokens, LARGEST_TILE)
     tail = _power_of_two(rest) if rest else 0
-    return Tile(16 * warps, LARGEST_TILE, tail if tail < LARGEST_TILE else 0, warps, stages, programs)
+    if tail == LARGEST_TILE:
+        return [launch(0, whole + 1, LARGEST_TILE, LARGEST_TILE, 0)]
+    main = launch(0, whole, LARGEST_TILE, LARGEST_TILE, tail)
+    return [main, launch(whole * LARGEST_TILE, 1, tail, LARGEST_TILE, tail)] if tail else [main]
 
 
-def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
-    """The tile of the forward pass."""
-    return _tile(tokens, 4, 3, 2)
-
-
-def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
-    """The tile of the backward pass over queries."""
-    return _tile(tokens, 4, 2, 2)
-
-
-def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
-    """The tile of the backward pass over keys, of windows that are more than one tile."""
-    return _tile(tokens, 4, 2, 2)
+def _power_of_two(number: int) -> int:
+    return max(16, 1 << (number - 1).bit_length())

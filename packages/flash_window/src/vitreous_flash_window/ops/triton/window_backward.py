@@ -26,7 +26,7 @@ from .arguments import (
     padded_head_dim,
     stride_alignment,
 )
-from .bias_gradient import fold_partials
+from .bias_gradient import fold_rows
 from .configs import choose_keys, choose_rows, count_parts
 from .tile_math import (
     FLOOR,
@@ -70,14 +70,15 @@ def _window_bwd_rows_kernel(
     heads, windows, mask_windows, parts, scale, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dS = P (dP - delta)`, `dq = scale dS k`, partial sums of dS; of one tile also dk and dv, else also delta.
 
     `delta = rowsum(P dP)`, or from the output, `rowsum(dout out)`. Grid: parts x heads x strips of queries, the last
     fastest.
     """
-    STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
     pid = tl.program_id(0)
@@ -85,12 +86,12 @@ def _window_bwd_rows_kernel(
     part = pid // STRIPS // heads
 
     offs_d = tl.arange(0, BLOCK_D)
-    rows = strip * ROWS + tl.arange(0, ROWS)
+    rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
     is_row = rows < TOKENS
     q_offsets = row_offsets(rows, offs_d, stride_qn * ALIGN, stride_qd)
     g_offsets = row_offsets(rows, offs_d, stride_gn * ALIGN, stride_gd)
     dq_offsets = row_offsets(rows, offs_d, stride_dqn * ALIGN, stride_dqd)
-    if STRIPS == 1:
+    if ROWS >= TOKENS:
         dk_offsets = row_offsets(rows, offs_d, stride_dkn * ALIGN, stride_dkd)
         dv_offsets = row_offsets(rows, offs_d, stride_dvn * ALIGN, stride_dvd)
     else:
@@ -115,11 +116,11 @@ def _window_bwd_rows_kernel(
             k_base = k_ptr + (window * stride_kw + head * stride_kh) * ALIGN
             v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
             g_base = dout_ptr + (window * stride_gw + head * stride_gh) * ALIGN
-            q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            dout = load_rows(g_base, g_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            if STRIPS > 1:
+            q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            dout = load_rows(g_base, g_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            if ROWS < TOKENS:
                 o_base = out_ptr + (window * stride_ow + head * stride_oh) * ALIGN
-                out = load_rows(o_base, o_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+                out = load_rows(o_base, o_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
                 delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
                 tl.store(delta_ptr + window_head * TOKENS + rows, delta, mask=is_row)
                 # Rows past the end weigh nothing.
@@ -134,7 +135,7 @@ def _window_bwd_rows_kernel(
                 )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-                if STRIPS > 1:
+                if ROWS < TOKENS:
                     weights = tl.exp2(scores - lse[:, None])
                 else:
                     largest = tl.maximum(tl.max(scores, 1), FLOOR)
@@ -147,7 +148,7 @@ def _window_bwd_rows_kernel(
                     keep = dropout_keep(seed_ptr, window_head, rows[:, None], key[None, :], threshold)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
                     kept = tl.where(keep, weights * keep_scale, 0.0)
-                if STRIPS == 1:
+                if ROWS >= TOKENS:
                     delta = tl.sum(weights * dweights, 1)
                 dscores = weights * (dweights - delta[:, None])
                 if NEEDS_BIAS:
@@ -159,21 +160,22 @@ def _window_bwd_rows_kernel(
                     dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
             sums = new_sums
             dq_base = dq_ptr + (window * stride_dqw + head * stride_dqh) * ALIGN
-            store_rows(dq_base, dq_offsets, dq * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            if STRIPS == 1:
+            store_rows(dq_base, dq_offsets, dq * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            if ROWS >= TOKENS:
                 dv = tl.dot(tl.trans(operand(kept, dout, PRECISION)), dout, input_precision=PRECISION)
                 dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
                 dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
                 dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
-                store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-                store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+                store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
 
     if NEEDS_BIAS:
-        tile = partials_ptr + (part.to(tl.int64) * heads + head) * (TOKENS * TOKENS)
+        OWNED: tl.constexpr = min(STRIPS * ROWS, TOKENS - FIRST)
+        tile = partials_ptr + (part.to(tl.int64) * heads + head) * (OWNED * TOKENS)
         for c in tl.static_range(CHUNKS):
             column = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
             is_pair = is_row[:, None] & (column < TOKENS)[None, :]
-            tl.store(tile + rows[:, None] * TOKENS + column[None, :], sums[c], mask=is_pair)
+            tl.store(tile + (rows - FIRST)[:, None] * TOKENS + column[None, :], sums[c], mask=is_pair)
 
 
 @triton.jit(
@@ -197,13 +199,14 @@ def _window_bwd_keys_kernel(
     heads, windows, mask_windows, parts, scale, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dv = P^T dout`, `dk = scale dS^T q` of strips of keys; columns are queries.
 
     Grid: parts x heads x strips of keys, the last fastest.
     """
-    STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
     pid = tl.program_id(0)
@@ -211,7 +214,7 @@ def _window_bwd_keys_kernel(
     part = pid // STRIPS // heads
 
     offs_d = tl.arange(0, BLOCK_D)
-    rows = strip * ROWS + tl.arange(0, ROWS)
+    rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
     is_row = rows < TOKENS
     k_offsets = row_offsets(rows, offs_d, stride_kn * ALIGN, stride_kd)
     v_offsets = row_offsets(rows, offs_d, stride_vn * ALIGN, stride_vd)
@@ -233,8 +236,8 @@ def _window_bwd_keys_kernel(
             k_base = k_ptr + (window * stride_kw + head * stride_kh) * ALIGN
             v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
             g_base = dout_ptr + (window * stride_gw + head * stride_gh) * ALIGN
-            k = load_rows(k_base, k_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            v = load_rows(v_base, v_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            k = load_rows(k_base, k_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            v = load_rows(v_base, v_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             for c in tl.static_range(CHUNKS):
                 q = load_chunk(
                     q_base, c, offs_d, stride_qn * ALIGN, stride_qd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
@@ -264,8 +267,8 @@ def _window_bwd_keys_kernel(
                     dk = tl.dot(dscores, q, dk, input_precision=PRECISION)
             dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
             dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
-            store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
 
 
 def launch_backward(
@@ -275,16 +278,9 @@ def launch_backward(
     """Gradients of query, key, value and bias (empty unless `needs_bias`); arguments as the operator's."""
     windows, heads, tokens, head_dim = query.shape
     dq, dk, dv = (torch.empty_like(tensor) for tensor in (query, key, value))
+    dbias = query.new_empty((heads, tokens, tokens), dtype=bias.dtype) if needs_bias else query.new_empty(0)
     if query.numel() == 0:
-        return (
-            dq,
-            dk,
-            dv,
-            query.new_zeros((heads, tokens, tokens), dtype=bias.dtype) if needs_bias else query.new_empty(0),
-        )
-    tile = choose_rows(query.dtype, tokens, head_dim)
-    strips = -(-tokens // tile.rows)
-    parts = count_parts(query.device, tile, windows, heads * strips)
+        return dq, dk, dv, dbias.zero_()
     tensors = (query, key, value, dout, query if out is None else out, dq, dk, dv)
     outer = [outer_strides(tensor) for tensor in tensors]
     align = stride_alignment(*(stride for strides in outer for stride in strides))
@@ -302,23 +298,27 @@ def launch_backward(
         "TOKENS": tokens, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
-    partials = query.new_empty((parts, heads, tokens, tokens), dtype=torch.float32) if needs_bias else None
     delta = None if lse is None else torch.empty_like(lse)
     with device_of(query):
-        _window_bwd_rows_kernel[(parts * heads * strips,)](
-            query, key, value, dout, out, lse, dq, dk, dv, bias, addend_pointer(mask), seed, partials, delta,
-            *(stride for of_tensor in strides for stride in of_tensor), *addend_strides, *numbers, parts, *factors,
-            NEEDS_BIAS=needs_bias, ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail,
-            num_warps=tile.warps, num_stages=tile.stages, **constants,
-        )  # fmt: skip
-        if strips > 1:
-            tile = choose_keys(query.dtype, tokens, head_dim)
-            strips_of_keys = -(-tokens // tile.rows)
-            parts = count_parts(query.device, tile, windows, heads * strips_of_keys)
-            _window_bwd_keys_kernel[(parts * heads * strips_of_keys,)](
-                query, key, value, dout, lse, delta, dk, dv, bias, addend_pointer(mask), seed,
-                *(stride for of_tensor in (*strides[:4], *strides[6:]) for stride in of_tensor), *addend_strides,
-                *numbers, parts, *factors, ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail,
-                num_warps=tile.warps, num_stages=tile.stages, **constants,
+        for tile in choose_rows(query.dtype, tokens, head_dim):
+            parts = count_parts(query.device, tile, windows, heads)
+            rows = min(tile.strips * tile.rows, tokens - tile.first)
+            partials = query.new_empty((parts, heads, rows, tokens), dtype=torch.float32) if needs_bias else None
+            _window_bwd_rows_kernel[(parts * heads * tile.strips,)](
+                query, key, value, dout, out, lse, dq, dk, dv, bias, addend_pointer(mask), seed, partials, delta,
+                *(stride for of_tensor in strides for stride in of_tensor), *addend_strides, *numbers, parts, *factors,
+                NEEDS_BIAS=needs_bias, FIRST=tile.first, STRIPS=tile.strips, ROWS=tile.rows, COLUMNS=tile.columns,
+                TAIL=tile.tail, num_warps=tile.warps, num_stages=tile.stages, **constants,
             )  # fmt: skip
-    return dq, dk, dv, query.new_empty(0) if partials is None else fold_partials(partials, bias.dtype)
+            if partials is not None:
+                fold_rows(partials, dbias, tile.first)
+        if lse is not None:
+            for tile in choose_keys(query.dtype, tokens, head_dim):
+                parts = count_parts(query.device, tile, windows, heads)
+                _window_bwd_keys_kernel[(parts * heads * tile.strips,)](
+                    query, key, value, dout, lse, delta, dk, dv, bias, addend_pointer(mask), seed,
+                    *(stride for of_tensor in (*strides[:4], *strides[6:]) for stride in of_tensor), *addend_strides,
+                    *numbers, parts, *factors, FIRST=tile.first, STRIPS=tile.strips, ROWS=tile.rows,
+                    COLUMNS=tile.columns, TAIL=tile.tail, num_warps=tile.warps, num_stages=tile.stages, **constants,
+                )  # fmt: skip
+    return dq, dk, dv, dbias

@@ -1,7 +1,8 @@
 """Forward kernel of short windows: few programs, each walking over many windows of one head.
 
-A program owns a strip of queries. What depends on the head alone, the bias, stays in its registers; queries, keys and
-values of the next windows are on their way while it computes. Keys come in chunks: 144 = 64 + 64 + 16.
+A program owns a strip of queries: all, or 64, or the few that remain. What depends on the head alone, the bias, stays
+in its registers; queries, keys and values of the next windows are on their way while it computes. Keys come in chunks:
+144 = 64 + 64 + 16.
 """
 
 # mypy: ignore-errors
@@ -23,7 +24,7 @@ from .arguments import (
     padded_head_dim,
     stride_alignment,
 )
-from .configs import choose_forward, count_parts
+from .configs import choose_forward, count_parts, keeps_statistics
 from .tile_math import (
     FLOOR,
     LOG2E,
@@ -58,10 +59,11 @@ def _window_fwd_kernel(
     heads, windows, mask_windows, parts, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`o = softmax(scale q k^T + bias + mask) v`. Grid: parts x heads x strips of queries, the last fastest."""
-    STRIPS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
+    FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
     pid = tl.program_id(0)
@@ -69,7 +71,7 @@ def _window_fwd_kernel(
     part = pid // STRIPS // heads
 
     offs_d = tl.arange(0, BLOCK_D)
-    rows = strip * ROWS + tl.arange(0, ROWS)
+    rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
     is_row = rows < TOKENS
     q_offsets = row_offsets(rows, offs_d, stride_qn * ALIGN, stride_qd)
     o_offsets = row_offsets(rows, offs_d, stride_on * ALIGN, stride_od)
@@ -87,7 +89,7 @@ def _window_fwd_kernel(
             q_base = q_ptr + (window * stride_qw + head * stride_qh) * ALIGN
             k_base = k_ptr + (window * stride_kw + head * stride_kh) * ALIGN
             v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
-            q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
+            q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             for c in tl.static_range(CHUNKS):
                 k = load_chunk(
                     k_base, c, offs_d, stride_kn * ALIGN, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
@@ -118,8 +120,8 @@ def _window_fwd_kernel(
             total = tl.where(is_blank, 1.0, total)
             o_base = out_ptr + (window * stride_ow + head * stride_oh) * ALIGN
             out *= (keep_scale / total)[:, None]
-            store_rows(o_base, o_offsets, out, is_row, offs_d, HEAD_DIM, BLOCK_D, TOKENS % ROWS == 0)
-            if STRIPS > 1:
+            store_rows(o_base, o_offsets, out, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            if ROWS < TOKENS:
                 lse = tl.where(is_blank, float("inf"), largest + tl.log2(total))
                 tl.store(lse_ptr + (window * heads + head) * TOKENS + rows, lse, mask=is_row)
 
@@ -130,13 +132,11 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp (empty where a tile holds the window); arguments as the registered operator's."""
     windows, heads, tokens, head_dim = query.shape
-    tile = choose_forward(query.dtype, tokens, head_dim)
-    strips = -(-tokens // tile.rows)
     out = torch.empty_like(query)
-    lse = query.new_empty((windows, heads, tokens) if strips > 1 else 0, dtype=torch.float32)
+    kept = keeps_statistics(tokens, head_dim, query.element_size())
+    lse = query.new_empty((windows, heads, tokens) if kept else 0, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    parts = count_parts(query.device, tile, windows, heads * strips)
     tensors = (query, key, value, out)
     outer = [outer_strides(tensor) for tensor in tensors]
     align = stride_alignment(*(stride for strides in outer for stride in strides))
@@ -145,13 +145,16 @@ def launch_forward(
     )
     threshold, keep_scale = dropout_numbers(dropout_p)
     with device_of(query):
-        _window_fwd_kernel[(parts * heads * strips,)](
-            query, key, value, out, lse, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
-            *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride()),
-            heads, windows, 1 if mask is None else mask.shape[0], parts, scale * LOG2E.value, threshold, keep_scale,
-            BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
-            TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-            ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail, PRECISION=dot_precision(query.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        for tile in choose_forward(query.dtype, tokens, head_dim):
+            parts = count_parts(query.device, tile, windows, heads)
+            _window_fwd_kernel[(parts * heads * tile.strips,)](
+                query, key, value, out, lse, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
+                *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride()),
+                heads, windows, 1 if mask is None else mask.shape[0], parts,
+                scale * LOG2E.value, threshold, keep_scale,
+                BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
+                TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
+                FIRST=tile.first, STRIPS=tile.strips, ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail,
+                PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     return out, lse
