@@ -308,12 +308,7 @@ def part_cases() -> Iterator[Case]:
     def na2d(dim: int, heads: int) -> CurveAttention:
         return NeighborhoodAttention2d(dim, heads, 7, order="row_major", backend="triton")
 
-    for name, build, side in (
-        ("hwa-16", hwa, 128),
-        ("hsa-11", hsa, 96),
-        ("hna-17", hna, 96),
-        ("na2d-7-bias", na2d, 56),
-    ):
+    for name, build, side in (("hwa-16", hwa, 128), ("hna-17", hna, 96), ("na2d-7-bias", na2d, 56)):
         problem = ModuleProblem(build, side, series=name)
         providers = [
             Provider("module", partial(_prepare_module, on_curve=False)),
