@@ -240,11 +240,11 @@ def _check_positive_int(name: str, number: int) -> None:
 def _checked_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return max(head_dim, 1) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, Real):
+    if isinstance(scale, bool) or not isinstance(scale, Real | torch.SymFloat):
         raise TypeError(f"scale must be a number; got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite; got {scale}")
-    return float(scale)
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)
 
 
 def _check_dropout(dropout_p: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton.configs import fits_on_chip, keeps_statistics
+from .triton.configs import is_short, keeps_statistics
 
 # `custom_op` would be shorter; its Python layers cost ten times as much per call as these, more than a small kernel.
 _library = torch.library.Library("vitreous_flash_window", "FRAGMENT")
@@ -51,8 +51,9 @@ def _forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output, strides ordered as those of query, and base-2 log-sum-exp fp32 `[B*W, H, N]` (see
-    `keeps_statistics`, else empty).
+    """Output, strides ordered as those of query, and base-2 log-sum-exp.
+
+    The latter is fp32 `[B*W, H, N]`, +inf for a row that sees nothing, and empty unless `configs.keeps_statistics`.
 
     Args:
         query, key, value, bias, mask: as in `api.window_attention`.
@@ -70,7 +71,7 @@ def _forward(
 
 @torch.library.register_fake("vitreous_flash_window::window_attention", lib=_library)
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = query.shape[:3] if keeps_statistics(query.shape[2], query.shape[3], query.element_size()) else 0
+    rows = query.shape[:3] if _keeps_statistics(query) else 0
     return torch.empty_like(query), query.new_empty(rows, dtype=torch.float32)
 
 
@@ -116,7 +117,12 @@ def _(
 
 
 def _is_short(query: Tensor) -> bool:
-    return fits_on_chip(query.shape[2], query.shape[3], query.element_size())
+    return is_short(query.dtype, query.shape[2], query.shape[3])
+
+
+def _keeps_statistics(query: Tensor) -> bool:
+    # Sizes can be symbols here, which have to become numbers.
+    return keeps_statistics(int(query.shape[2]), int(query.shape[3]), query.element_size())
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -128,7 +134,7 @@ class _WindowAttention(torch.autograd.Function):
             out, lse = _window_attention(*arguments)
         query, key, value, bias, mask, seed, *ctx.numbers = arguments
         ctx.mark_non_differentiable(lse)
-        kept = (out, lse) if keeps_statistics(query.shape[2], query.shape[3], query.element_size()) else (None, None)
+        kept = (out, lse) if _keeps_statistics(query) else (None, None)
         ctx.save_for_backward(query, key, value, *kept, bias, mask, seed)
         return out, lse
 

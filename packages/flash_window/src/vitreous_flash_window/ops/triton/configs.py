@@ -46,6 +46,14 @@ def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
     return tokens <= LARGEST_TOKENS and fits
 
 
+def is_short(dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
+    """Whether the short kernels run; where statistics are kept, the long ones could as well."""
+    return fits_on_chip(tokens, head_dim, dtype.itemsize) and (
+        # Chunks of scalar fp32 products would not fit into the registers.
+        tokens <= LARGEST_TILE or dot_precision(dtype) != "ieee"
+    )
+
+
 def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
     """Whether the backward pass needs output and log-sum-exp: not where one tile holds all scores of a window."""
     return tokens > LARGEST_TILE or not fits_on_chip(tokens, head_dim, itemsize)
