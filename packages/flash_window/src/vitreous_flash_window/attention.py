@@ -314,8 +314,10 @@ class FlashShiftWindowMSA(nn.Module):
             )
         self.drop = build_dropout(dropout_layer)
 
-    def forward(self, query: Tensor, hw_shape: Sequence[int]) -> Tensor:
+    def forward(self, query: Tensor, hw_shape: Sequence[int], drop: bool = True) -> Tensor:
         """`[B, height * width, C]` and `(height, width)` to `[B, height * width, C]`.
+
+        Without `drop`, `dropout_layer` is left to the caller.
 
         Raises:
             ValueError: when the lengths disagree, or the map is smaller than the window without `pad_small_map`.
@@ -326,7 +328,8 @@ class FlashShiftWindowMSA(nn.Module):
                 f"query must be [B, {height} * {width}, C] for hw_shape = {(height, width)}; got {tuple(query.shape)}"
             )
         out = self.w_msa.forward_image(query.unflatten(1, (height, width)), self._shift_on(height, width))
-        return self.drop(out.flatten(1, 2))
+        out = out.flatten(1, 2)
+        return self.drop(out) if drop else out
 
     def _shift_on(self, height: int, width: int) -> int:
         if self.pad_small_map or min(height, width) > self.window_size:

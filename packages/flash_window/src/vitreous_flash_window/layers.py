@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from vitreous_core.ops.sum_norm import sum_norm
 
 LayerConfig = Mapping[str, Any]
 
@@ -32,21 +35,95 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_prob must be in [0, 1); got {drop_prob}")
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, ...]` to the same shape."""
+    def factor(self, x: Tensor) -> Tensor | None:
+        """What each image of `x` `[B, ...]` is multiplied by, `[B]`: zero or `1 / (1 - drop_prob)`; None for one."""
         if not self.training or self.drop_prob == 0.0:
-            return x
+            return None
         keep = 1.0 - self.drop_prob
         # Drawn in at least float32: bfloat16 has too few values near 1 for the rate to come out right.
-        noise = torch.rand(
-            (x.shape[0],) + (1,) * (x.ndim - 1),
-            dtype=torch.promote_types(x.dtype, torch.float32),
-            device=x.device,
-        )
-        return x / keep * (noise + keep).floor().to(x.dtype)
+        noise = torch.rand(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return noise.add_(keep).floor_().div_(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, ...]` to the same shape."""
+        factor = self.factor(x)
+        return x if factor is None else _scaled(x, factor).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"
+
+
+def split_drop(drop: nn.Module, branch: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A branch and the factor `[B]` that `drop` puts on its images, for a sum to apply; other dropout acts at once."""
+    return (branch, drop.factor(branch)) if isinstance(drop, DropPath) else (drop(branch), None)
+
+
+def add_branch(shortcut: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    """`shortcut + factor * branch`, in the dtype that the two promote to."""
+    if factor is None:
+        return shortcut + branch
+    if shortcut.is_cuda and shortcut.dtype == torch.promote_types(shortcut.dtype, branch.dtype) and _is_eager():
+        return _ScaledSum.apply(shortcut, branch, factor)
+    return (shortcut + _scaled(branch, factor)).to(torch.promote_types(shortcut.dtype, branch.dtype))
+
+
+def sum_and_norm(
+    norm: nn.Module, shortcut: Tensor, branch: Tensor | None = None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`shortcut + factor * branch` and its norm, for a linear layer to take: in autocast's dtype.
+
+    One kernel each way where it is a plain layer norm on a GPU; see `vitreous_core.ops.sum_norm`.
+    """
+    if _is_plain(norm) and (branch is None or torch.promote_types(shortcut.dtype, branch.dtype) == shortcut.dtype):
+        return sum_norm(shortcut, branch, norm.weight, norm.bias, factor=factor, eps=norm.eps)
+    total = shortcut if branch is None else add_branch(shortcut, branch, factor)
+    return total, norm(total)
+
+
+def apply_norm(norm: nn.Module, x: Tensor, to_linear: bool = False) -> Tensor:
+    """The norm of `x`: float32 under autocast as PyTorch has it, or, for a linear layer to take, autocast's dtype."""
+    if not _is_plain(norm) or not x.is_cuda:
+        return norm(x)
+    autocast = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
+    dtype = None if to_linear or not autocast else torch.float32
+    return sum_norm(x, None, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)[1]
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether `norm` is a layer norm with both parameters and nobody listens to its calls."""
+    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        return False
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+    return not any(hooks)
+
+
+def _scaled(branch: Tensor, factor: Tensor) -> Tensor:
+    return branch * factor.view(-1, *[1] * (branch.ndim - 1))
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling()
+
+
+class _ScaledSum(torch.autograd.Function):
+    """`add_branch` in one pass over memory each way.
+
+    Autocast would first copy the branch to the wider dtype of the shortcut, and its gradient back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+        factor = factor.view(-1, *[1] * (branch.ndim - 1))
+        ctx.save_for_backward(factor)
+        ctx.dtype = branch.dtype
+        with torch.autocast("cuda", enabled=False):
+            return torch.addcmul(shortcut, branch, factor, out=torch.empty_like(shortcut))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.dtype)), None
 
 
 _DROPOUTS = {"DropPath": DropPath, "Dropout": nn.Dropout}

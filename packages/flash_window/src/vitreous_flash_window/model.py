@@ -23,7 +23,18 @@ from torch.utils.checkpoint import checkpoint
 from vitreous_core.backbone import stage_indices
 
 from .attention import FlashShiftWindowMSA, FlashWindowMSAV2, init_linear
-from .layers import LAYER_NORM, LayerConfig, build_activation, build_dropout, build_norm, pair
+from .layers import (
+    LAYER_NORM,
+    LayerConfig,
+    add_branch,
+    apply_norm,
+    build_activation,
+    build_dropout,
+    build_norm,
+    pair,
+    split_drop,
+    sum_and_norm,
+)
 from .ops import Backend
 
 Shape = tuple[int, int]
@@ -109,7 +120,8 @@ class _SwinBackbone(nn.Module, ABC):
         return self.drop_after_pos(x), shape
 
     def _output(self, index: int, x: Tensor, shape: Shape) -> Tensor:
-        return self.get_submodule(f"norm{index}")(x).unflatten(1, shape).permute(0, 3, 1, 2).contiguous()
+        x = apply_norm(self.get_submodule(f"norm{index}"), x)
+        return x.unflatten(1, shape).permute(0, 3, 1, 2).contiguous()
 
     def train(self, mode: bool = True) -> _SwinBackbone:
         """As `nn.Module.train`; frozen stages stay in eval mode, and batch norms too with `norm_eval`."""
@@ -565,8 +577,12 @@ class SwinBlock(nn.Module):
         return _run(self._forward, self.with_cp, x, shape)
 
     def _forward(self, x: Tensor, shape: Shape) -> Tensor:
-        x = x + self.attn(self.norm1(x), shape)
-        return x + self.ffn(self.norm2(x))
+        # Stochastic depth is left to the sums, and the first of them to the norm after it: fewer passes over memory.
+        x, normed = sum_and_norm(self.norm1, x)
+        branch, factor = split_drop(self.attn.drop, self.attn(normed, shape, drop=False))
+        x, normed = sum_and_norm(self.norm2, x, branch, factor)
+        branch, factor = split_drop(self.ffn.dropout_layer, self.ffn(normed, drop=False))
+        return add_branch(x, branch, factor)
 
 
 class SwinBlockV2(nn.Module):
@@ -613,9 +629,9 @@ class SwinBlockV2(nn.Module):
         return _run(self._forward, self.with_cp, x, shape)
 
     def _forward(self, x: Tensor, shape: Shape) -> Tensor:
-        x = x + self.norm1(self.attn(x, shape))
-        x = x + self.norm2(self.ffn(x))
-        return x if self.norm3 is None else self.norm3(x)
+        x = x + apply_norm(self.norm1, self.attn(x, shape))
+        x = x + apply_norm(self.norm2, self.ffn(x))
+        return x if self.norm3 is None else apply_norm(self.norm3, x)
 
 
 class FeedForward(nn.Module):
@@ -650,9 +666,10 @@ class FeedForward(nn.Module):
         self.layers = nn.Sequential(*hidden, init_linear(feedforward_channels, embed_dims), nn.Dropout(ffn_drop))
         self.dropout_layer = build_dropout(dropout_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., C]` to the same shape."""
-        return self.dropout_layer(self.layers(x))
+    def forward(self, x: Tensor, drop: bool = True) -> Tensor:
+        """`[..., C]` to the same shape; without `drop`, `dropout_layer` is left to the caller."""
+        x = self.layers(x)
+        return self.dropout_layer(x) if drop else x
 
 
 class PatchEmbed(nn.Module):
@@ -707,7 +724,7 @@ class PatchEmbed(nn.Module):
             x = F.pad(x, (left, right, top, bottom))
         x = self.projection(x)
         shape = (x.shape[2], x.shape[3])
-        return self.norm(x.flatten(2).transpose(1, 2)), shape
+        return apply_norm(self.norm, x.flatten(2).transpose(1, 2)), shape
 
 
 class PatchMerging(nn.Module):
@@ -762,8 +779,9 @@ class PatchMerging(nn.Module):
             x = x.unfold(1 + axis, extent, self.sampling.stride[axis])[..., ::dilation]
         shape = (x.shape[1], x.shape[2])
         x = x.flatten(3).flatten(1, 2)
-        x = self.norm(self.reduction(x)) if self.use_post_norm else self.reduction(self.norm(x))
-        return x, shape
+        if self.use_post_norm:
+            return apply_norm(self.norm, self.reduction(x)), shape
+        return self.reduction(apply_norm(self.norm, x, to_linear=True)), shape
 
 
 class Sampling:

@@ -1,0 +1,115 @@
+"""Sums, norms and stochastic depth of the blocks, against PyTorch's own layers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vitreous_flash_window.layers import DropPath, add_branch, apply_norm, split_drop, sum_and_norm
+
+
+def norm_and_inputs(draw, dtype, channels=24):
+    norm = nn.LayerNorm(channels, dtype=dtype)
+    nn.init.normal_(norm.weight, 1.0, 0.3), nn.init.normal_(norm.bias, 0.0, 0.3)
+    return norm, draw(3, 10, channels, dtype=dtype, grad=True), draw(3, 10, channels, dtype=dtype, grad=True)
+
+
+class TestSums:
+    def test_a_sum_and_its_norm(self, draw):
+        norm, shortcut, branch = norm_and_inputs(draw, torch.float64)
+        factor = torch.tensor([0.0, 2.0, 0.5], dtype=torch.float64)
+        total, normed = sum_and_norm(norm, shortcut, branch, factor)
+        expected = shortcut + branch * factor.view(3, 1, 1)
+        torch.testing.assert_close(total, expected)
+        torch.testing.assert_close(normed, norm(expected))
+        torch.testing.assert_close(add_branch(shortcut, branch, factor), expected)
+        assert sum_and_norm(norm, shortcut)[0] is shortcut
+
+    def test_dtypes_are_what_autocast_makes_them(self, draw):
+        norm, shortcut, branch = norm_and_inputs(draw, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            total, normed = sum_and_norm(norm, shortcut, branch.bfloat16())
+            assert (total.dtype, normed.dtype) == (torch.float32, torch.bfloat16)
+            torch.testing.assert_close(normed, norm(shortcut + branch.bfloat16()).bfloat16())
+            # A low stream of tokens grows wide where a wide branch joins it.
+            total, _ = sum_and_norm(norm, shortcut.bfloat16(), branch)
+            assert total.dtype == torch.float32
+            assert apply_norm(norm, shortcut).dtype == torch.float32
+
+    def test_who_listens_to_a_norm_hears_it(self, draw):
+        norm, shortcut, branch = norm_and_inputs(draw, torch.float32)
+        heard = []
+        norm.register_forward_hook(lambda module, inputs, output: heard.append(output))
+        _, normed = sum_and_norm(norm, shortcut, branch)
+        assert heard[0] is normed
+
+    @pytest.mark.parametrize("norm", [nn.Identity(), nn.RMSNorm(24), nn.LayerNorm(24, elementwise_affine=False)])
+    def test_other_norms_are_called(self, draw, norm):
+        shortcut, branch = draw(2, 5, 24, dtype=torch.float32), draw(2, 5, 24, dtype=torch.float32)
+        torch.testing.assert_close(sum_and_norm(norm, shortcut, branch)[1], norm(shortcut + branch))
+        torch.testing.assert_close(apply_norm(norm, shortcut), norm(shortcut))
+
+
+class TestStochasticDepth:
+    def test_factor_is_what_the_module_multiplies_by(self, draw):
+        drop, branch = DropPath(0.5), draw(64, 3, 4)
+        torch.manual_seed(0)
+        factor = drop.factor(branch)
+        torch.manual_seed(0)
+        torch.testing.assert_close(drop(branch), branch * factor.view(-1, 1, 1))
+        assert set(factor.tolist()) == {0.0, 2.0}
+        assert drop.eval().factor(branch) is None
+
+    def test_splitting(self, draw):
+        branch = draw(8, 3, 4)
+        kept, factor = split_drop(DropPath(0.5), branch)
+        assert kept is branch
+        assert factor.shape == (8,)
+        dropped, factor = split_drop(nn.Dropout(1.0), branch)
+        assert factor is None
+        assert not dropped.any()
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32-stream", "bf16-stream"])
+    @pytest.mark.parametrize("channels", [96, 384, 1536])
+    def test_sums_and_norms_under_autocast(self, stream, channels):
+        torch.manual_seed(0)
+        norm = nn.LayerNorm(channels).cuda()
+        nn.init.normal_(norm.weight, 1.0, 0.3), nn.init.normal_(norm.bias, 0.0, 0.3)
+        shortcut = torch.randn(4, 50, channels, device="cuda", dtype=stream, requires_grad=True)
+        branch = torch.randn(4, 50, channels, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        factor = torch.tensor([0.0, 1.25, 1.25, 1.25], device="cuda")
+        linear = torch.randn(8, channels, device="cuda") / channels**0.5
+        leaves = (shortcut, branch, norm.weight, norm.bias)
+
+        def run(wide):
+            s, b, w, z = (leaf.double() if wide else leaf for leaf in leaves)
+            if wide:
+                total = s + b * factor.double().view(-1, 1, 1)
+                out = F.linear(F.layer_norm(total, (channels,), w, z), linear.double())
+            else:
+                with torch.autocast("cuda", torch.bfloat16):
+                    total, normed = sum_and_norm(norm, s, b, factor)
+                    out = F.linear(normed, linear)
+                    total = add_branch(total, b, factor)
+                return total, torch.autograd.grad(total.double().sum() + out.double().square().sum(), leaves)
+            total = total + b * factor.double().view(-1, 1, 1)
+            return total, torch.autograd.grad(total.sum() + out.square().sum(), leaves)
+
+        (total, grads), (true_total, true_grads) = run(False), run(True)
+        assert total.dtype == stream
+        # Roundings of bfloat16: of the norm, of the product and of what comes back.
+        limit = 3 * torch.finfo(torch.bfloat16).eps
+        for got, truth in zip((total, *grads), (true_total, *true_grads), strict=True):
+            assert (got.double() - truth.double()).norm() <= limit * truth.double().norm()
+
+    def test_a_plain_norm_keeps_autocasts_dtype(self):
+        norm, x = nn.LayerNorm(96).cuda(), torch.randn(2, 7, 96, device="cuda", dtype=torch.float16)
+        with torch.autocast("cuda", torch.float16):
+            assert apply_norm(norm, x).dtype == norm(x).dtype == torch.float32
+            assert apply_norm(norm, x, to_linear=True).dtype == torch.float16
+            torch.testing.assert_close(apply_norm(norm, x), norm(x), rtol=1e-5, atol=1e-5)
+        transposed = torch.randn(2, 96, 7, device="cuda").transpose(1, 2)
+        torch.testing.assert_close(apply_norm(norm, transposed), norm(transposed), rtol=1e-5, atol=1e-5)
