@@ -5,5 +5,6 @@ reaches the rest of the folder.
 """
 
 from .block_sparse_attention import RelativeBias1d, RelativeBias2d, block_sparse_attention
+from .sum_norm import SumNorm, sum_norm
 
-__all__ = ["RelativeBias1d", "RelativeBias2d", "block_sparse_attention"]
+__all__ = ["RelativeBias1d", "RelativeBias2d", "SumNorm", "block_sparse_attention", "sum_norm"]
