@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import time
@@ -67,6 +68,24 @@ def test_rows_say_everything(tmp_path: Path) -> None:
     assert ours["torch"] == torch.__version__
     assert ours["clock"] == "wall"
     assert ours["peak_mib"] is None  # only a GPU knows
+
+
+def test_a_lock_is_held_while_measuring_and_not_while_compiling(tmp_path: Path) -> None:
+    lock, free = tmp_path / "lock", []
+
+    def step() -> None:
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(True)
+            except BlockingIOError:
+                free.append(False)
+
+    case = Case("T/locked", "T", Nothing(), (provider("triton", step),), ("fwd",), "cpu")
+    run_rows(case, tmp_path, lock=lock)
+    assert free[0]
+    assert len(free) > 1
+    assert not any(free[1:])
 
 
 @pytest.mark.parametrize("error", [0.6, math.nan])

@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile-only", action="store_true",
         help="fill the compilers' caches on disk and write no rows; such runs may go side by side",
     )  # fmt: skip
+    parser.add_argument(
+        "--lock", type=Path, metavar="FILE",
+        help="hold FILE while a case is measured: several commands then compile side by side and measure in turns",
+    )  # fmt: skip
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -66,7 +70,7 @@ def bench(options: argparse.Namespace) -> None:
     chosen = select(cases, options.case, device)
     for path in run(
         options.suite, chosen, folder=options.out or default_folder(), provider_patterns=options.provider,
-        commit=options.commit, compile_only=options.compile_only,
+        commit=options.commit, compile_only=options.compile_only, lock=options.lock,
     ):  # fmt: skip
         print(f"rows: {path}")
 

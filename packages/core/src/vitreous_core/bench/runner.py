@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ def run(
     provider_patterns: Sequence[str] = (),
     commit: str | None = None,
     compile_only: bool = False,
+    lock: Path | None = None,
 ) -> list[Path]:
     """Run cases and append their rows.
 
@@ -63,6 +65,8 @@ def run(
         provider_patterns: only providers whose names match one of these.
         commit: recorded instead of what git says, where the sources are no checkout.
         compile_only: prepare and run every step once, so that compilers fill their caches on disk, and write nothing.
+        lock: a file that is held while a case is gated and timed: several runs then compile side by side, but measure
+            in turns.
 
     Returns:
         The files written.
@@ -87,7 +91,7 @@ def run(
                     environments[case.device] = (environment(device, commit), _roof(cases, device))
                 facts, roof = environments[case.device]
                 path = row_file(folder, facts)
-                for row in run_case(case, providers, roof, console):
+                for row in run_case(case, providers, roof, console, lock):
                     append_row(path, {**facts, "suite": suite, **row})
                     written[path] = None
                     console.print(summary(row), highlight=False)
@@ -117,10 +121,29 @@ class _Contender:
         return [mode for mode in case.modes if mode in self.prepared.steps and mode not in self.failed]
 
 
-def run_case(case: Case, providers: Sequence[Provider], roof: Roof, console: Console) -> Iterator[Row]:
+def run_case(
+    case: Case, providers: Sequence[Provider], roof: Roof, console: Console, lock: Path | None = None
+) -> Iterator[Row]:
     """Rows of one case, one for each provider and mode."""
     device = torch.device(case.device)
     contenders = _prepare_all(case, providers, device, console)
+    if lock is not None:
+        console.print(f"  {case.name} waits for {lock}", style="dim", highlight=False)
+    with _held(lock):
+        yield from _measure(case, contenders, device, roof)
+
+
+@contextmanager
+def _held(lock: Path | None) -> Iterator[None]:
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _measure(case: Case, contenders: Sequence[_Contender], device: torch.device, roof: Roof) -> Iterator[Row]:
     for contender in contenders:
         _pass_gate(contender, contender.modes(case))
     clock = choose_clock(case.clock, device)
