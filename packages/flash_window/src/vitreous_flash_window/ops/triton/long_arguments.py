@@ -74,7 +74,7 @@ class Call:
     Args:
         geometry: how windows lie.
         query, key, value: `[B*W, H, N, D]`, or views `[B, height, width, H, D]` of the image; last stride 1.
-        bias: fp32 `[H, N, row length]` of `long_bias`, or None.
+        bias: `[H, N, row length]` of `long_bias`, or None.
         mask: contiguous `[W, N, N]`, or None; flags as bytes.
         mask_kind: see `long_tiles`.
         pad: contiguous `[3 * C]` or None: the padding token.
@@ -140,7 +140,8 @@ class Call:
     def options(self, tile: Tile) -> dict[str, Any]:
         """What every pass is compiled for, except the alignment of its outputs."""
         geometry = self.geometry
-        return {
+        limit: dict[str, Any] = {"maxnreg": tile.registers} if tile.registers else {}
+        return limit | {
             "SIDE": geometry.side,
             "PADDED": geometry.has_padding,
             "ALIGN": self.align,

@@ -149,8 +149,8 @@ def _long_bwd_dq_kernel(
             scores = tl.dot(queries[g], tl.trans(k), input_precision=PRECISION)
             if COSINE:
                 unit_head = ((images + image) * windows + window).to(tl.int64) * heads + head
-                inverse = tl.load(norm_ptr + unit_head * tokens + inside)
-                scores *= (query_norms[g] * (factor * LOG2E))[:, None] * inverse[None, :]
+                key_norms = tl.load(norm_ptr + unit_head * tokens + inside)
+                scores *= (query_norms[g] * (factor * LOG2E))[:, None] * key_norms[None, :]
                 cosines = scores
             else:
                 scores *= scale_log2
@@ -168,7 +168,7 @@ def _long_bwd_dq_kernel(
                 new_deltas = new_deltas + (exact_deltas[g] + tl.sum(weights * dweights, 1),)
                 new_cosines = new_cosines + (mean_cosines[g] + tl.sum(weights * cosines, 1),)
                 new_sums = new_sums + (cosine_sums[g] + tl.sum(weights * dweights * cosines, 1),)
-                power, rest = split_norm(inverse)
+                power, rest = split_norm(key_norms)
                 k = (k.to(tl.float32) * power[:, None]).to(k.dtype)
                 dscores *= rest[None, :]
                 weights *= rest[None, :]
@@ -295,8 +295,8 @@ def _long_bwd_dkv_kernel(
 
             scores = tl.dot(keys[g], tl.trans(q), input_precision=PRECISION)  # [keys, queries]
             if COSINE:
-                inverse = tl.load(norm_ptr + unit_row + inside)
-                scores *= (key_norms[g] * (factor * LOG2E))[:, None] * inverse[None, :]
+                query_norms = tl.load(norm_ptr + unit_row + inside)
+                scores *= (key_norms[g] * (factor * LOG2E))[:, None] * query_norms[None, :]
             else:
                 scores *= scale_log2
             if BIAS or (MASK != NO_MASK):
@@ -312,7 +312,7 @@ def _long_bwd_dkv_kernel(
             new_dvs = new_dvs + (tl.dot(operand(kept, dout, PRECISION), dout, dvs[g], input_precision=PRECISION),)
             dscores = weights * (dweights - delta[None, :])
             if COSINE:
-                power, rest = split_norm(inverse)
+                power, rest = split_norm(query_norms)
                 q = (q.to(tl.float32) * power[:, None]).to(q.dtype)
                 dscores *= rest[None, :]
             new_dks = new_dks + (tl.dot(operand(dscores, q, PRECISION), q, dks[g], input_precision=PRECISION),)

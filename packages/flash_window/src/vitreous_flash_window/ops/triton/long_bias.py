@@ -1,7 +1,8 @@
-"""The bias as the kernels for long windows read it: fp32, in base 2, rows padded by minus infinity.
+"""The bias as the kernels for long windows read it: rows padded by minus infinity; fp32 in base 2.
 
-Made once per call, so that the inner loops neither convert nor mask it. A table is spread out too: gathering it in
-every program costs more than reading the spread bias, which the second-level cache holds.
+Made once per call, so that the inner loops need not mask it. Reading it again and again from the second-level cache is
+what bounds them, so a bias in half precision stays as it is, and is converted where it is used. A table is spread out:
+gathering it in every program costs more than that.
 """
 
 # mypy: ignore-errors
@@ -21,6 +22,9 @@ _ROW_MULTIPLE = 128
 
 _BLOCK = 64
 
+_LOWEST = tl.constexpr(-2.3e38)
+"""Finite, also times log2 e."""
+
 
 @triton.jit
 def _prepare_bias_kernel(
@@ -34,7 +38,11 @@ def _prepare_bias_kernel(
     place = query.to(tl.int64)[:, None] * stride_q + key.to(tl.int64)[None, :] * stride_k
     is_pair = (query < tokens)[:, None] & (key < tokens)[None, :]
     # Read along its rows, whichever way it is written.
-    bias = in_base_2(tl.load(bias_ptr + head * stride_h + place, mask=is_pair, other=-float("inf")))
+    bias = tl.load(bias_ptr + head * stride_h + place, mask=is_pair, other=-float("inf"))
+    if out_ptr.dtype.element_ty == tl.float32:
+        bias = in_base_2(bias)
+    elif out_ptr.dtype.element_ty == tl.bfloat16:
+        bias = tl.where(bias == -float("inf"), bias, tl.maximum(bias, _LOWEST)).to(tl.bfloat16)
     if TURNED:
         bias = tl.trans(bias)
     place = (head * tokens + row)[:, None] * row_length + column[None, :]
@@ -62,7 +70,7 @@ def _spread_table_kernel(
 def prepare_bias(bias: Tensor, turned: bool) -> Tensor:
     """A bias `[H, N, N]`, any strides, as kernels read it, or transposed."""
     heads, tokens, _ = bias.shape
-    out, grid = _allocate(heads, tokens, bias.device)
+    out, grid = _allocate(heads, tokens, bias.dtype, bias.device)
     with device_of(bias):
         _prepare_bias_kernel[grid](
             bias, out, *bias.stride(), tokens, out.shape[2], TURNED=turned, BLOCK=_BLOCK, num_warps=4
@@ -74,13 +82,13 @@ def spread_table(table: Tensor, side: int, turned: bool) -> Tensor:
     """A table `[(2w - 1)^2, H]` of windows of side w as kernels read the bias, or transposed."""
     heads = table.shape[1]
     table = table.contiguous()
-    out, grid = _allocate(heads, side**2, table.device)
+    out, grid = _allocate(heads, side**2, torch.float32, table.device)
     with device_of(table):
         _spread_table_kernel[grid](table, out, heads, out.shape[2], SIDE=side, TURNED=turned, BLOCK=_BLOCK, num_warps=4)
     return out
 
 
-def _allocate(heads: int, tokens: int, device: torch.device) -> tuple[Tensor, tuple[int, int, int]]:
+def _allocate(heads: int, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[int, int, int]]:
     row_length = -(-tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    out = torch.empty(heads, tokens, row_length, dtype=torch.float32, device=device)
+    out = torch.empty(heads, tokens, row_length, dtype=dtype, device=device)
     return out, (row_length // _BLOCK, -(-tokens // _BLOCK), heads)

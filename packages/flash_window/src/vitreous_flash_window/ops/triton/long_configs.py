@@ -14,13 +14,21 @@ from .arguments import padded_head_dim
 
 
 class Tile(NamedTuple):
-    """One pass: rows and columns of its matrix tiles, windows that share an addend tile, warps, pipeline stages."""
+    """One pass.
+
+    Args:
+        rows, columns: of its matrix tiles.
+        companions: windows that share a tile of the bias.
+        warps, stages: of its programs, and of the software pipeline.
+        registers: limit per thread, so that one more program fits a multiprocessor; 0: as the compiler likes.
+    """
 
     rows: int
     columns: int
     companions: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 class Config(NamedTuple):
@@ -32,15 +40,19 @@ class Config(NamedTuple):
     bias: Tile
 
 
-# By largest padded head dimension.
+# By largest padded head dimension. Small programs, of four warps and 64 rows, hide the latencies of each other better
+# than large ones; then the traffic from the second-level cache bounds them, which companions reduce.
 _HALF = (
-    (32, Config(Tile(128, 64, 2, 8, 2), Tile(128, 64, 2, 8, 2), Tile(128, 64, 1, 8, 2), Tile(128, 64, 1, 8, 3))),
-    (64, Config(Tile(128, 64, 1, 8, 2), Tile(128, 64, 1, 8, 2), Tile(128, 64, 1, 8, 2), Tile(128, 64, 1, 8, 2))),
-    (128, Config(Tile(128, 64, 1, 8, 2), Tile(64, 64, 1, 4, 1), Tile(64, 64, 1, 8, 1), Tile(64, 64, 1, 4, 1))),
+    (
+        32,
+        Config(Tile(64, 64, 2, 4, 2), Tile(64, 32, 2, 4, 3), Tile(64, 32, 2, 4, 3, 168), Tile(64, 64, 1, 4, 3)),
+    ),
+    (64, Config(Tile(64, 64, 2, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 64, 1, 4, 3))),
+    (128, Config(Tile(64, 64, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 1), Tile(64, 32, 1, 4, 2))),
     (256, Config(Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 8, 1), Tile(64, 32, 1, 8, 1), Tile(64, 32, 1, 8, 1))),
 )
 _SINGLE = (
-    (64, Config(Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 1), Tile(64, 32, 1, 4, 1), Tile(64, 32, 1, 4, 1))),
+    (64, Config(Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 2))),
     (128, Config(Tile(64, 32, 1, 8, 1), Tile(32, 32, 1, 4, 1), Tile(32, 32, 1, 4, 1), Tile(32, 32, 1, 4, 1))),
     (256, Config(Tile(32, 32, 1, 8, 1), Tile(32, 32, 1, 8, 1), Tile(32, 32, 1, 8, 1), Tile(32, 32, 1, 8, 1))),
 )
@@ -53,6 +65,8 @@ def choose_long(dtype: torch.dtype, head_dim: int, images: int, has_cosines: boo
     if images == 1:
         config = Config(*(tile._replace(companions=1) for tile in config))
     if has_cosines:
-        # Their sums take the registers of half a tile.
-        config = config._replace(dq=config.dq._replace(columns=32, companions=1))
+        # Norms and sums take the registers of half a tile.
+        config = config._replace(
+            dq=config.dq._replace(columns=32, companions=1), dkv=config.dkv._replace(companions=1, registers=0)
+        )
     return config

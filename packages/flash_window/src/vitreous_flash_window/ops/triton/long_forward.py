@@ -107,8 +107,8 @@ def _long_fwd_kernel(
             scores = tl.dot(queries[g], tl.trans(k), input_precision=PRECISION)
             if COSINE:
                 unit_head = ((images + image) * windows + window).to(tl.int64) * heads + head
-                inverse = tl.load(norm_ptr + unit_head * tokens + inside)
-                scores *= query_factors[g][:, None] * inverse[None, :]
+                key_norms = tl.load(norm_ptr + unit_head * tokens + inside)
+                scores *= query_factors[g][:, None] * key_norms[None, :]
             else:
                 scores *= scale_log2
             if BIAS or (MASK != NO_MASK) or TAIL:

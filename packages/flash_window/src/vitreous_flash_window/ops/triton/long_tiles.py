@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..reference import REGION_PENALTY as _REGION_PENALTY
-from .tile_math import in_base_2
+from .tile_math import LOG2E, in_base_2
 
 # Kinds of masks: none; numbers to add; bytes, zero hides; the regions of a shifted image.
 NO_MASK, NUMBERS, FLAGS, REGIONS = (tl.constexpr(kind) for kind in (0, 1, 2, 3))
@@ -158,11 +158,14 @@ def store_output(
 
 @triton.jit
 def bias_tile(bias_base, row, column, bias_row, tokens):
-    """Bias of rows `[rows, 1]` and columns `[1, columns]`, as `long_bias` made it; hides padding columns.
+    """Base-2 bias of rows `[rows, 1]` and columns `[1, columns]`, as `long_bias` made it; hides padding columns.
 
     Rows past the end repeat the last one: whatever they get is not stored.
     """
-    return tl.load(bias_base + (tl.minimum(row, tokens - 1) * bias_row + column))
+    bias = tl.load(bias_base + (tl.minimum(row, tokens - 1) * bias_row + column))
+    if bias.dtype != tl.float32:
+        bias = bias.to(tl.float32) * LOG2E
+    return bias
 
 
 @triton.jit

@@ -36,25 +36,26 @@ def _fold_table_kernel(
     SPAN: tl.constexpr = 2 * SIDE - 1
     dy = tl.program_id(0) - (SIDE - 1)
     head = tl.program_id(1)
-    key_y = tl.arange(0, ROWS)[:, None, None]
-    query_x = tl.arange(0, BLOCK)[None, :, None]
-    key_x = tl.arange(0, BLOCK)[None, None, :]
-    is_pair = (query_x < SIDE) & (key_x < SIDE)
+    query_x = tl.arange(0, BLOCK)[:, None]
+    key_x = tl.arange(0, BLOCK)[None, :]
+    first, past = tl.maximum(-dy, 0), tl.minimum(SIDE - dy, SIDE)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for part in range(parts):
         base = partial_ptr + (tl.cast(part, tl.int64) * heads + head) * TOKENS * TOKENS
-        for start in range(0, SIDE, ROWS):
-            y = start + key_y
-            is_row = (y < SIDE) & (y + dy >= 0) & (y + dy < SIDE)
-            place = ((y + dy) * SIDE + query_x) * TOKENS + y * SIDE + key_x
-            total += tl.sum(tl.load(base + place, mask=is_row & is_pair, other=0.0), 0)
+        for start in range(first, past, ROWS):
+            # Several loads in flight.
+            for row in tl.static_range(ROWS):
+                y = start + row
+                is_pair = (query_x < tl.where(y < past, SIDE, 0)) & (key_x < SIDE)
+                place = ((y + dy) * SIDE + query_x) * TOKENS + y * SIDE + key_x
+                total += tl.load(base + place, mask=is_pair, other=0.0)
 
-    offset = tl.arange(0, 2 * BLOCK)[None, :]
-    column = tl.arange(0, BLOCK)[:, None] - offset + (SIDE - 1)
-    diagonals = tl.gather(total, tl.minimum(tl.maximum(column, 0), BLOCK - 1), 1)
-    sums = tl.sum(tl.where((column >= 0) & (column < SIDE), diagonals, 0.0), 0)
-    entry = tl.program_id(0) * SPAN + tl.arange(0, 2 * BLOCK)
-    tl.store(table_ptr + entry * heads + head, sums, mask=tl.arange(0, 2 * BLOCK) < SPAN)
+    for half in tl.static_range(2):
+        entry = half * BLOCK + tl.arange(0, BLOCK)
+        column = query_x + (SIDE - 1) - entry[None, :]
+        diagonals = tl.gather(total, tl.minimum(tl.maximum(column, 0), BLOCK - 1), 1)
+        sums = tl.sum(tl.where((column >= 0) & (column < SIDE), diagonals, 0.0), 0)
+        tl.store(table_ptr + (tl.program_id(0) * SPAN + entry) * heads + head, sums, mask=entry < SPAN)
 
 
 def launch_shifted_long_backward(
