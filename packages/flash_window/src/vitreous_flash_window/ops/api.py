@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import contracts, contracts_shifted, reference
 from .backends import Backend, Problem, resolve
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, has_autocast
 
 
 def window_attention(
@@ -193,7 +193,7 @@ def _autocast(tensor: Tensor) -> Tensor:
     """The tensor in the autocast dtype where autocast is on and touches its dtype."""
     kind = tensor.device.type
     # Devices without autocast (such as "meta") do not answer whether it is on.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor

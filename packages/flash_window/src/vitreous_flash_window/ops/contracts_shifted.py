@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .triton.shifted_arguments import Problem, with_contiguous_rows
-from .triton.shifted_configs import CHUNK, fits_on_chip
+from .triton.shifted_configs import LARGEST_TILE, fits_on_chip
 
 # As in `contracts`: `custom_op` would be shorter, and its Python layers cost more than a small kernel.
 _library = torch.library.Library("vitreous_flash_window", "FRAGMENT")
@@ -132,6 +132,8 @@ def _backward(
         return launch_shifted_backward(dout, out, lse, problem, *needs)
     from .triton.shifted_long_backward import launch_shifted_long_backward
 
+    assert out is not None
+    assert lse is not None
     return launch_shifted_long_backward(dout, problem.qkv, out, lse, *problem[1:], *needs)
 
 
@@ -150,7 +152,7 @@ def _is_short(qkv: Tensor, num_heads: int, window_size: int) -> bool:
 
 def _keeps_output(qkv: Tensor, num_heads: int, window_size: int) -> bool:
     """Whether the backward pass needs output and log-sum-exp: not where it holds a whole window."""
-    return window_size**2 > CHUNK or not _is_short(qkv, num_heads, window_size)
+    return window_size**2 > LARGEST_TILE or not _is_short(qkv, num_heads, window_size)
 
 
 class _ShiftedWindowAttention(torch.autograd.Function):

@@ -32,11 +32,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# Dynamo of PyTorch 2.11 cannot trace the question.
+@torch.compiler.assume_constant_result
+def has_autocast(kind: str) -> bool:
+    """Whether a kind of device knows autocast: others (such as "meta") do not answer whether it is on."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast does not take promoted operands back to the low dtype."""
     kind = tensor.device.type
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if has_autocast(kind) else contextlib.nullcontext()
 
 
 def window_attention(

@@ -64,12 +64,12 @@ def window_place(item, zone, window_rows, window_columns, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def chunk_tokens(chunk: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr):
-    """Tokens of one chunk of a window: 64, and `LAST` in the last one."""
+def chunk_tokens(chunk: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr):
+    """Tokens of one chunk of a window: `CHUNK`, and `LAST` in the last one."""
     if chunk == CHUNKS - 1:
-        tokens = chunk * 64 + tl.arange(0, LAST)
+        tokens = chunk * CHUNK + tl.arange(0, LAST)
     else:
-        tokens = chunk * 64 + tl.arange(0, 64)
+        tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     return tokens
 
 

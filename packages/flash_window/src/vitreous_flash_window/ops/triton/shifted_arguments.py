@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import dot_precision, dropout_numbers, padded_head_dim, stride_alignment
-from .shifted_configs import CHUNK, deal
+from .shifted_configs import LARGEST_TILE, Config, choose, deal
 
 NO_PADDING, ZERO_PADDING, TOKEN_PADDING = 0, 1, 2
 """What fills the image to whole windows: it needs nothing; zeros; a token given by the caller."""
@@ -78,7 +78,7 @@ class Problem(NamedTuple):
     @property
     def lse_shape(self) -> tuple[int, ...]:
         """Of the log-sum-exp that the forward pass leaves; windows of one chunk leave none."""
-        return (self.windows, self.num_heads, self.tokens) if self.tokens > CHUNK else (0,)
+        return (self.windows, self.num_heads, self.tokens) if self.tokens > LARGEST_TILE else (0,)
 
     @property
     def padding(self) -> int:
@@ -87,6 +87,11 @@ class Problem(NamedTuple):
         if height % self.window_size == 0 and width % self.window_size == 0:
             return NO_PADDING
         return ZERO_PADDING if self.pad_qkv is None else TOKEN_PADDING
+
+    @property
+    def config(self) -> Config:
+        """See `shifted_configs.choose`."""
+        return choose(self.tokens, self.head_dim, self.qkv.dtype, dot_precision(self.qkv.dtype))
 
     def pointers(self) -> tuple[Tensor | None, ...]:
         """The kernels' first arguments."""

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import device_of
-from .bias_gradient import fold_partials
+from .bias_gradient import fold_rows
 from .image_addressing import (
     NO_PADDING,
     NORM_EPS,
@@ -35,7 +35,6 @@ from .image_addressing import (
     windows_of_part,
 )
 from .shifted_arguments import RUNTIME_NUMBERS, Problem
-from .shifted_configs import choose
 from .tile_math import LOG2E, dropout_keep, operand, score_gradients, softmax_numerators
 
 
@@ -98,7 +97,8 @@ def _shifted_bwd_closed_kernel(
     images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr,
+    STAGES: tl.constexpr,
     NEEDS_BIAS: tl.constexpr, NEEDS_PAD: tl.constexpr, NEEDS_LOGIT: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of windows of at most `ROWS` tokens (there is one chunk).
@@ -197,7 +197,8 @@ def _shifted_bwd_queries_kernel(
     images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr,
+    STAGES: tl.constexpr,
     NEEDS_BIAS: tl.constexpr, NEEDS_LOGIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, bias and logit scale; leaves `delta = rowsum(P dP)` for the other pass.
@@ -221,7 +222,7 @@ def _shifted_bwd_queries_kernel(
     offs_d, rows = tl.arange(0, BLOCK_D), strip * ROWS + tl.arange(0, ROWS)
     columns, addends = (), ()
     for c in tl.static_range(CHUNKS):
-        columns = columns + (chunk_tokens(c, CHUNKS, LAST),)
+        columns = columns + (chunk_tokens(c, CHUNKS, CHUNK, LAST),)
         addend = window_addend(
             table_ptr, head, rows[:, None], columns[c][None, :], zone, stride_entry, stride_head,
             WINDOW, SHIFT, BIAS,
@@ -258,7 +259,7 @@ def _shifted_bwd_queries_kernel(
                     qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
                     WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
                 )  # fmt: skip
-                weights = tl.exp2(window_scores(q, k, addends[c], factor, COSINE, PRECISION) - lse[:, None])
+                weights = tl.exp2(window_scores(q, k, addends[c] - lse[:, None], factor, COSINE, PRECISION))
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
                 if DROPOUT:
                     keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
@@ -284,16 +285,17 @@ def _shifted_bwd_queries_kernel(
                 qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
                 WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
             )  # fmt: skip
-            scores = window_scores(q, k, addends[c], factor, COSINE, PRECISION)
+            shifted_addend = addends[c] - lse[:, None]
+            scores = window_scores(q, k, shifted_addend, factor, COSINE, PRECISION)
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
                 keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
                 dweights = tl.where(keep, dweights * keep_scale, 0.0)
-            dscores = tl.exp2(scores - lse[:, None]) * (dweights - delta[:, None])
+            dscores = tl.exp2(scores) * (dweights - delta[:, None])
             if NEEDS_BIAS:
                 sums = sums + (dbias[c] + dscores,)
             if NEEDS_LOGIT:
-                dlogit += logit_gradients(dscores, scores, addends[c])
+                dlogit += logit_gradients(dscores, scores, shifted_addend)
             low = operand(dscores, k, PRECISION)
             dq = tl.dot(low, unit_operand(k, COSINE, PRECISION), dq, input_precision=PRECISION)
         if NEEDS_BIAS:
@@ -322,7 +324,8 @@ def _shifted_bwd_keys_kernel(
     images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr,
+    STAGES: tl.constexpr,
     NEEDS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys, values and padding; rows are keys, columns are queries.
@@ -343,7 +346,7 @@ def _shifted_bwd_keys_kernel(
     offs_d, rows = tl.arange(0, BLOCK_D), strip * ROWS + tl.arange(0, ROWS)
     columns, addends = (), ()
     for c in tl.static_range(CHUNKS):
-        columns = columns + (chunk_tokens(c, CHUNKS, LAST),)
+        columns = columns + (chunk_tokens(c, CHUNKS, CHUNK, LAST),)
         addend = window_addend(
             table_ptr, head, columns[c][None, :], rows[:, None], zone, stride_entry, stride_head,
             WINDOW, SHIFT, BIAS,
@@ -378,7 +381,7 @@ def _shifted_bwd_keys_kernel(
             # Queries past the window weigh nothing.
             lse = tl.load(lse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=float("inf"))
             delta = tl.load(delta_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
-            weights = tl.exp2(window_scores(k, q, addends[c], factor, COSINE, PRECISION) - lse[None, :])
+            weights = tl.exp2(window_scores(k, q, addends[c] - lse[None, :], factor, COSINE, PRECISION))
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = weights
             if DROPOUT:
@@ -442,14 +445,16 @@ def launch_shifted_backward(
     qkv, table, pad, logit = problem[:4]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dtable, dpad, dlogit = (
-        torch.zeros_like(tensor, memory_format=torch.contiguous_format) if needed else qkv.new_empty(0)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else qkv.new_empty(0)
         for tensor, needed in ((table, needs_table), (pad, needs_pad), (logit, needs_logit))
     )
+    if needs_pad:
+        # Its queries have no output; and without padding all of it is zero, and no kernel needs to know.
+        dpad.zero_()
     if not qkv.numel():
-        return dqkv, dtable, dpad, dlogit
-    # Without padding its gradient is zero, and no kernel needs to know.
+        return dqkv, dtable.zero_(), dpad, dlogit.zero_()
     sums_pad = needs_pad and problem.padding != NO_PADDING.value
-    config = choose(problem.tokens, problem.head_dim, qkv.dtype)
+    config = problem.config
     heads, tokens = problem.num_heads, problem.tokens
     strips = config.queries.strips(tokens)
     load, parts = problem.deal(heads * strips, config.queries.programs)
@@ -465,29 +470,32 @@ def launch_shifted_backward(
             _shifted_bwd_closed_kernel[(parts * heads,)](
                 *problem.pointers(), dout, dqkv, partial_bias, partial_pad, partial_logit,
                 *numbers, load, *problem.factors(), NEEDS_BIAS=needs_table, NEEDS_PAD=sums_pad,
-                NEEDS_LOGIT=needs_logit, **config.queries.options(), **constants,
+                NEEDS_LOGIT=needs_logit, **config.queries.options(problem.tokens), **constants,
             )  # fmt: skip
         else:
             delta = torch.empty_like(lse)
             _shifted_bwd_queries_kernel[(parts * strips * heads,)](
                 *problem.pointers(), dout, out, lse, delta, dqkv, partial_bias, partial_logit,
                 *numbers, load, *problem.factors(), NEEDS_BIAS=needs_table, NEEDS_LOGIT=needs_logit,
-                **config.queries.options(), **constants,
+                **config.queries.options(problem.tokens), **constants,
             )  # fmt: skip
             strips = config.keys.strips(tokens)
             load, parts = problem.deal(heads * strips, config.keys.programs)
             partial_pad = torch.empty(parts * strips, 2, problem.channels, **wide) if sums_pad else None
             _shifted_bwd_keys_kernel[(parts * strips * heads,)](
                 *problem.pointers(), dout, lse, delta, dqkv, partial_pad,
-                *numbers, load, *problem.factors(), NEEDS_PAD=sums_pad, **config.keys.options(), **constants,
+                *numbers, load, *problem.factors(), NEEDS_PAD=sums_pad,
+                **config.keys.options(problem.tokens), **constants,
             )  # fmt: skip
         if partial_bias is not None:
-            dense = fold_partials(partial_bias, torch.float32)
+            dense = torch.empty(heads, tokens, tokens, **wide)
+            fold_rows(partial_bias, dense, 0)
             _table_kernel[(heads, 2 * problem.window_size - 1)](
                 dense, dtable, heads, WINDOW=problem.window_size, BLOCK=triton.next_power_of_2(problem.window_size)
             )
+    # Sums of rows, as one head's tile of one row.
     if partial_pad is not None:
-        dpad[problem.channels :] = fold_partials(partial_pad, dpad.dtype).flatten()
+        fold_rows(partial_pad.view(len(partial_pad), 1, 1, -1), dpad[problem.channels :].view(1, 1, -1), 0)
     if partial_logit is not None:
-        dlogit = fold_partials(partial_logit, dlogit.dtype).view(logit.shape)
+        fold_rows(partial_logit.view(len(partial_logit), 1, 1, -1), dlogit.view(1, 1, -1), 0)
     return dqkv, dtable, dpad, dlogit

@@ -12,7 +12,9 @@ import torch
 
 from .arguments import padded_head_dim
 
-CHUNK = 64
+LARGEST_TILE = 64
+"""Windows of so many tokens are one tile of scores."""
+
 _LARGEST_TENSOR = 32 * 1024
 
 
@@ -21,15 +23,14 @@ class Tile(NamedTuple):
 
     Args:
         rows: that a program owns: queries, or keys in the pass over keys.
-        chunks, last: the columns come in chunks of `CHUNK`, the last one of `last`: 144 tokens are 64 + 64 + 16.
+        chunk: columns are visited in chunks of this many.
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
         registers: most that a thread may use; None leaves it to the compiler.
     """
 
     rows: int
-    chunks: int
-    last: int
+    chunk: int
     warps: int
     stages: int
     programs: int
@@ -39,10 +40,12 @@ class Tile(NamedTuple):
         """Programs that share a window."""
         return -(-tokens // self.rows)
 
-    def options(self) -> dict[str, int | None]:
-        """As keyword arguments of a launch."""
+    def options(self, tokens: int) -> dict[str, int | None]:
+        """As keyword arguments of a launch. The last chunk is as narrow as it can be: 144 = 64 + 64 + 16."""
+        chunks = -(-tokens // self.chunk)
         return {
-            "ROWS": self.rows, "CHUNKS": self.chunks, "LAST": self.last, "STAGES": self.stages,
+            "ROWS": self.rows, "CHUNKS": chunks, "CHUNK": self.chunk, "STAGES": self.stages,
+            "LAST": _power(tokens - self.chunk * (chunks - 1)),
             "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers,
         }  # fmt: skip
 
@@ -60,26 +63,35 @@ def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
     return tokens <= 256 and _power(tokens) * padded_head_dim(head_dim) * itemsize <= _LARGEST_TENSOR
 
 
+# Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6: stages, and programs per multiprocessor. Fewer stages where a
+# multiprocessor's shared memory would not hold them.
+_FORWARD, _BACKWARD = (4, 2), (3, 2)
+# The same where a window is several chunks, and the width of a chunk.
+_FORWARD_CHUNKS, _QUERIES_CHUNKS, _KEYS_CHUNKS = (3, 2, 64), (2, 2, 32), (2, 2, 32)
+_SHARED_MEMORY = 227 * 1024
+
+
 @lru_cache
-def choose(tokens: int, head_dim: int, dtype: torch.dtype) -> Config:
+def choose(tokens: int, head_dim: int, dtype: torch.dtype, precision: str) -> Config:
     """The tiles of every pass; a pure function of the shape class."""
-    chunks = -(-tokens // CHUNK)
-    last = max(16, _power(tokens - CHUNK * (chunks - 1)))
-    rows = last if chunks == 1 else CHUNK
-    wide = dtype == torch.float32 or head_dim > 64
-    stages = 1 if wide else 3
-    warps = 4 if rows == CHUNK else 1
-    if chunks == 1:
-        return Config(
-            Tile(rows, chunks, last, warps, stages, 4, 128 if warps == 4 and not wide else None),
-            Tile(rows, chunks, last, warps, stages, 2),
-            None,
-        )
-    return Config(
-        Tile(rows, chunks, last, warps, stages, 2),
-        Tile(rows, chunks, last, warps, stages, 2),
-        Tile(rows, chunks, last, warps, stages, 2),
-    )
+    rows = min(_power(tokens), LARGEST_TILE)
+    # Products in full fp32 are no matrix instructions: more threads share their registers.
+    warps = 8 if precision == "ieee" else max(rows * padded_head_dim(head_dim) // (64 * 128), 1) * rows // 16
+    row_bytes = padded_head_dim(head_dim) * dtype.itemsize
+
+    def tile(own: int, walked: int, stages: int, programs: int, chunk: int) -> Tile:
+        """`own` tensors of the program's rows and `walked` ones of the whole window are loaded ahead."""
+        programs *= max(4 // warps, 1)
+        stage = (own * rows + walked * max(tokens, rows)) * row_bytes
+        room = _SHARED_MEMORY // programs - 2 * rows * chunk * dtype.itemsize
+        while programs > 1 and room < stage:
+            programs -= 1
+            room = _SHARED_MEMORY // programs - 2 * rows * chunk * dtype.itemsize
+        return Tile(rows, chunk, warps, max(min(stages, room // stage), 1), programs)
+
+    if tokens <= LARGEST_TILE:
+        return Config(tile(1, 2, *_FORWARD, rows), tile(2, 2, *_BACKWARD, rows), None)
+    return Config(tile(1, 2, *_FORWARD_CHUNKS), tile(3, 2, *_QUERIES_CHUNKS), tile(2, 2, *_KEYS_CHUNKS))
 
 
 @lru_cache(maxsize=1024)
@@ -101,4 +113,5 @@ def deal(zones: tuple[int, ...], owners: int, programs: int, device: torch.devic
 
 
 def _power(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    """The power of two that holds a number; matrix tiles are 16 wide at least."""
+    return max(16, 1 << (number - 1).bit_length())

@@ -22,7 +22,6 @@ from .image_addressing import (
     windows_of_part,
 )
 from .shifted_arguments import RUNTIME_NUMBERS, Problem
-from .shifted_configs import choose
 from .tile_math import dropout_keep, operand
 
 
@@ -33,7 +32,8 @@ def _shifted_fwd_kernel(
     images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`out = softmax(scale q k^T + bias + penalty) v`, and log-sum-exp in base 2 unless `lse_ptr` is None.
 
@@ -55,7 +55,7 @@ def _shifted_fwd_kernel(
     offs_d, rows = tl.arange(0, BLOCK_D), strip * ROWS + tl.arange(0, ROWS)
     columns, addends = (), ()
     for c in tl.static_range(CHUNKS):
-        columns = columns + (chunk_tokens(c, CHUNKS, LAST),)
+        columns = columns + (chunk_tokens(c, CHUNKS, CHUNK, LAST),)
         addend = window_addend(
             table_ptr, head, rows[:, None], columns[c][None, :], zone, stride_entry, stride_head,
             WINDOW, SHIFT, BIAS,
@@ -108,7 +108,7 @@ def _shifted_fwd_kernel(
 def launch_shifted_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output `[B, height, width, C]`, and base-2 log-sum-exp `[B*W, H, N]` where the backward pass needs it."""
     batch, height, width, _ = problem.qkv.shape
-    config = choose(problem.tokens, problem.head_dim, problem.qkv.dtype)
+    config = problem.config
     tile = config.forward
     out = problem.qkv.new_empty((batch, height, width, problem.channels))
     lse = problem.qkv.new_empty(problem.lse_shape, dtype=torch.float32)
@@ -120,6 +120,6 @@ def launch_shifted_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     with device_of(out):
         _shifted_fwd_kernel[(owners * parts,)](
             *problem.pointers(), out, lse if lse.numel() else None, *numbers, load, *problem.factors(),
-            **problem.constants(), **tile.options(), ALIGN=align,
+            **problem.constants(), **tile.options(problem.tokens), ALIGN=align,
         )  # fmt: skip
     return out, lse
