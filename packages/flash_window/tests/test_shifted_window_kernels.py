@@ -167,8 +167,8 @@ def test_tf32_follows_the_switch(name):
     torch.set_float32_matmul_precision("high")
     try:
         actual, baseline = (problem.run(tensors, backend) for backend in ("triton", "torch"))
-        # TF32 has the digits of fp16. The matrix units cut operands off, which costs twice the error of rounding them,
-        # in both factors of a product: measured 4.5 times fp16's rounding where cuBLAS keeps to fp32 for small products.
+        # TF32 has the digits of fp16, but the matrix units cut both factors of a product off where rounding would do
+        # half the damage: measured 4.5 times fp16's rounding. (cuBLAS keeps to fp32 for some small products.)
         assert_within_budget(actual, truth, baseline, precision=HALF, factor=6)
         assert relative_error(actual["out"], truth["out"]) > 1e-5, "TF32 was not used"
     finally:
