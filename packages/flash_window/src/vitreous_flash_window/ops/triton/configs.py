@@ -14,7 +14,7 @@ from .arguments import dot_precision, padded_head_dim
 
 LARGEST_TOKENS = 256
 LARGEST_TILE = 64
-_LARGEST_TENSOR = 32 * 1024
+_LARGEST_TENSOR, _LARGEST_SINGLE = 32 * 1024, 16 * 1024
 
 
 class Tile(NamedTuple):
@@ -39,11 +39,12 @@ class Tile(NamedTuple):
 
 
 def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
-    """Whether the short kernels take windows of N tokens: keys and values of one head, 32 KiB each at most, on chip."""
+    """Whether the short kernels take windows of N tokens: keys and values of one head on chip, 32 KiB each at most."""
     rows, columns = -(-tokens // 16) * 16, padded_head_dim(head_dim)
-    # Wide scalar products of fp32 would not fit into the registers.
-    fits = rows * columns * itemsize <= _LARGEST_TENSOR and (itemsize < 4 or columns <= LARGEST_TILE)
-    return tokens <= LARGEST_TOKENS and fits
+    size = rows * columns * itemsize
+    # Scalar products of fp32 with more channels than that would not fit into the registers.
+    narrow = itemsize < 4 or columns <= 32 or size <= _LARGEST_SINGLE
+    return tokens <= LARGEST_TOKENS and size <= _LARGEST_TENSOR and narrow
 
 
 def is_short(dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
@@ -70,16 +71,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _power_of_two(number: int) -> int:
-    return max(16, 1 << (number - 1).bit_length())
-
-
 # Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6: (stages, programs per multiprocessor), best first. The first
 # entry that fits into shared memory is taken; the last one always does.
 _FORWARD = ((4, 2), (3, 2), (2, 2), (2, 1), (1, 1))
 _FORWARD_CHUNKS = ((3, 2), (2, 2), (2, 1), (1, 1))
 _ROWS = ((3, 2), (2, 2), (2, 1), (1, 1))
-_ROWS_CHUNKS = ((2, 2), (2, 1), (1, 1))
+_ROWS_SINGLE = ((2, 2), (2, 1), (1, 1))
 _KEYS = ((3, 2), (2, 2), (2, 1), (1, 1))
 # Programs of one or two warps: many of them make up for their being narrow.
 _SMALL = ((4, 8), (3, 8), (2, 8), (2, 4), (1, 2))
@@ -88,55 +85,62 @@ _SMALL_CHUNKS = ((2, 8), (2, 6), (2, 4), (2, 2), (1, 1))
 _SHARED_MEMORY = 227 * 1024
 """Of one multiprocessor."""
 
-_SCRATCH = 2
-"""Score tiles in the inputs' dtype that are exchanged through shared memory."""
-
 Choices = tuple[tuple[int, int], ...]
 
 
 def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the forward pass; between them, each row is in one strip."""
     choices = _FORWARD_CHUNKS if tokens > LARGEST_TILE or dtype == torch.float32 else _FORWARD
-    return _launches(dtype, tokens, head_dim, 1, choices)
+    return [_launch(dtype, tokens, head_dim, 1, choices, *strips) for strips in _strips(tokens, False)]
 
 
 def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over queries."""
-    choices = _ROWS_CHUNKS if tokens > LARGEST_TILE or dtype == torch.float32 else _ROWS
-    return _launches(dtype, tokens, head_dim, 2, choices)
+    choices = _ROWS_SINGLE if dtype == torch.float32 else _ROWS
+    return [_launch(dtype, tokens, head_dim, 2, choices, *strips) for strips in _strips(tokens, True)]
 
 
 def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over keys, of windows that are more than one tile."""
-    return _launches(dtype, tokens, head_dim, 2, _KEYS)
+    return [_launch(dtype, tokens, head_dim, 2, _KEYS, *strips) for strips in _strips(tokens, True)]
 
 
-def _launches(dtype: torch.dtype, tokens: int, head_dim: int, row_tensors: int, choices: Choices) -> list[Tile]:
-    """Strips of 64 rows; where 32 or fewer rows remain (144 = 64 + 64 + 16), they are narrower strips of their own."""
+def _strips(tokens: int, splits: bool) -> list[tuple[int, int, int]]:
+    """First row, number and rows of strips: of 64 rows; if `splits`, 32 or fewer that remain get a launch of their own.
 
-    def launch(first: int, strips: int, rows: int, columns: int, tail: int) -> Tile:
-        width = tokens // columns * columns + tail if tail else -(-tokens // columns) * columns
-        stage = (rows * row_tensors + width * 2) * padded_head_dim(head_dim) * dtype.itemsize
-        scratch = _SCRATCH * rows * columns * dtype.itemsize
-        sizes = choices if rows == LARGEST_TILE else _SMALL if tokens <= rows else _SMALL_CHUNKS
-        # Only products of four warps read a tile from shared memory while the next is written there.
-        spare = 0 if rows == LARGEST_TILE else 1
-        stages, programs = next(
-            (size for size in sizes if size[1] * ((size[0] - spare) * stage + scratch) <= _SHARED_MEMORY), sizes[-1]
-        )
-        # 16 rows per warp are what the matrix units work on; scalar products are spread over more.
-        warps = rows // 16 * (2 if dot_precision(dtype) == "ieee" else 1)
-        return Tile(first, strips, rows, columns, tail, warps, stages, programs)
-
+    The backward passes gain by it (144 = 64 + 64 + 16, not 3 x 64), the forward pass does not.
+    """
     if tokens <= LARGEST_TILE:
-        side = _power_of_two(tokens)
-        return [launch(0, 1, side, side, 0)]
+        return [(0, 1, _power_of_two(tokens))]
     whole, rest = divmod(tokens, LARGEST_TILE)
-    tail = _power_of_two(rest) if rest else 0
-    if tail == LARGEST_TILE:
-        return [launch(0, whole + 1, LARGEST_TILE, LARGEST_TILE, 0)]
-    main = launch(0, whole, LARGEST_TILE, LARGEST_TILE, tail)
-    return [main, launch(whole * LARGEST_TILE, 1, tail, LARGEST_TILE, tail)] if tail else [main]
+    if splits and 0 < rest <= LARGEST_TILE // 2:
+        return [(0, whole, LARGEST_TILE), (whole * LARGEST_TILE, 1, _power_of_two(rest))]
+    return [(0, whole + (rest > 0), LARGEST_TILE)]
+
+
+def _launch(
+    dtype: torch.dtype, tokens: int, head_dim: int, row_tensors: int, choices: Choices,
+    first: int, strips: int, rows: int,
+) -> Tile:  # fmt: skip
+    """The launch for some strips: chunks of 64 columns, and as many stages as shared memory holds."""
+    columns = min(LARGEST_TILE, _power_of_two(tokens))
+    rest = tokens % columns
+    tail = _power_of_two(rest) % columns if tokens > columns and rest else 0
+    width = tokens // columns * columns + tail if tail else -(-tokens // columns) * columns
+    channels = padded_head_dim(head_dim)
+    stage = (rows * row_tensors + width * 2) * channels * dtype.itemsize
+    # What goes from the registers through shared memory: the output, or the gradient of the scores.
+    scratch = rows * (channels if row_tensors == 1 else columns) * dtype.itemsize
+    if rows < LARGEST_TILE:
+        choices = _SMALL if tokens <= rows else _SMALL_CHUNKS
+    # Only products of four warps read a tile from shared memory while the next is written there.
+    spare = 0 if rows == LARGEST_TILE else 1
+    stages, programs = next(
+        (size for size in choices if size[1] * ((size[0] - spare) * stage + scratch) <= _SHARED_MEMORY), choices[-1]
+    )
+    # 16 rows per warp are what the matrix units work on; scalar products are spread over more.
+    warps = rows // 16 * (2 if dot_precision(dtype) == "ieee" else 1)
+    return Tile(first, strips, rows, columns, tail, warps, stages, programs)
 
 
 def _power_of_two(number: int) -> int:
