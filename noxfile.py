@@ -17,7 +17,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ MEMBERS = {
 PAPERS = [name for name, member in MEMBERS.items() if "vitreous.papers" in member["project"].get("entry-points", {})]
 EACH_PAPER = nox.parametrize("paper", [nox.param(paper, id=paper) for paper in PAPERS])
 LOWEST_PYTHON = "3.11"
+LARGE_EXTRAS = {"executorch", "coreml"}  # installed by `exports` alone
 MIRROR = re.compile(r"^constraint-dependencies = \[.*?\]$", re.MULTILINE | re.DOTALL)
 SKIP_WITHOUT_GPU = "--skip-without-gpu"
 # For each of several workers: threads that outnumber the cores make small products many times slower.
@@ -128,6 +129,14 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def exports(session: nox.Session) -> None:
+    """Test `vitreous export` in every format: `tests` has PyTorch's and ONNX, this has ExecuTorch and Core ML too."""
+    prepare(session, MEMBERS, groups=["test"], without=())
+    files = ["packages/core/tests/test_export.py", "tests/test_exports.py"]
+    python(session, "-m", "pytest", *files, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 @EACH_PAPER
 def reproduce(session: nox.Session, paper: str) -> None:
     """Train a paper's small-data configs (or `-- NAME ...`) and record each run in docs/results/repro/."""
@@ -200,14 +209,22 @@ def pins(session: nox.Session) -> None:
 # What the sessions share: preparing an environment, and running things in it.
 
 
-def prepare(session: nox.Session, members: Iterable[str], *, groups: Sequence[str] = ()) -> None:
-    """Make members (editable, with their extras) and dependency groups importable in this session."""
+def prepare(
+    session: nox.Session,
+    members: Iterable[str],
+    *,
+    groups: Sequence[str] = (),
+    without: Collection[str] = LARGE_EXTRAS,
+) -> None:
+    """Make members (editable, with their extras but some) and dependency groups importable in this session."""
     if not session.virtualenv.is_sandboxed:
         session.env["PYTHONPATH"] = source_path(MEMBERS)
         return
     editable: list[str] = []
     for member in members:
-        extras = ",".join(MEMBERS[member]["project"].get("optional-dependencies", {}))
+        extras = ",".join(
+            extra for extra in MEMBERS[member]["project"].get("optional-dependencies", {}) if extra not in without
+        )
         editable += ["-e", f"packages/{member}[{extras}]" if extras else f"packages/{member}"]
     if editable and "core" not in members:
         # pip, unlike uv, does not know workspace members and would look for core in the package index.
@@ -242,7 +259,8 @@ def has_gpu(session: nox.Session) -> bool:
 def run_tests(session: nox.Session, folders: Sequence[str]) -> None:
     """Run the folders' CPU tests, then those for Triton's interpreter."""
     arguments = [*in_parallel(session), *session.posargs]
-    python(session, "-m", "pytest", "-m", "not gpu and not interpret", *folders, *arguments, env=ONE_THREAD)
+    chosen = "not gpu and not interpret and not exports"
+    python(session, "-m", "pytest", "-m", chosen, *folders, *arguments, env=ONE_THREAD)
     run_interpreter_tests(session, folders)
 
 

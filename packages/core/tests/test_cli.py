@@ -88,7 +88,7 @@ def test_help_and_list_import_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("list", "info", "config", "train", "test", "convert", "predict", "show"):
+    for command in ("list", "info", "config", "train", "test", "convert", "predict", "export", "show"):
         assert f"\n    {command} " in out
 
 

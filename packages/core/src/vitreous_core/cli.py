@@ -13,12 +13,15 @@ from .errors import BackendUnsupported, StateMismatch, UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+    from rich.console import Console
 
     from .curves import Order
+    from .export.api import Exported
     from .patterns import Pattern
 
 _ORDERS = ("hilbert", "morton", "row_major", "window", "tile")
 _PATTERNS = ("window1d", "slide1d", "neighborhood1d", "window2d", "slide2d", "neighborhood2d")
+_FORMATS = ("onnx", "coreml", "executorch", "pt2")
 _FAILED, _INTERRUPTED = 2, 130
 
 
@@ -109,6 +112,8 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", required=True, help="weights, from training or from `vitreous convert`")
     command.add_argument("--device", help="e.g. cuda or cpu; default: the first GPU, or the CPU")
 
+    _add_export(add("export", _export, "write a model in deploy mode as a file for another runtime, and check it"))
+
     bench_command.add_arguments(add("bench", bench_command.bench, "measure core's or a paper's speed claims here"))
 
     _add_show(add("show", None, "draw a token order or an attention pattern"))
@@ -121,6 +126,23 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", default=[],
                          help="override parts of the config, e.g. train_cfg.max_epochs=5")  # fmt: skip
     command.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="NAME", help="a model's name, or a config")
+    command.add_argument("--format", required=True, choices=_FORMATS)
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: NAME with the format's suffix, here")
+    command.add_argument(
+        "--checkpoint", help="weights, from training or from `vitreous convert`; default: initial ones"
+    )
+    command.add_argument("--image-size", type=_parse_size, metavar="N or HEIGHTxWIDTH",
+                         help="of the images that the file takes (default: of the config's test images)")  # fmt: skip
+    command.add_argument("--batch", type=_parse_batch, default=None, metavar="dynamic|N",
+                         help="images in a call: any number up to 64 (the default), or N")  # fmt: skip
+    command.add_argument("--threads", type=_parse_count, default=1, metavar="N",
+                         help="for the timed calls (default 1; ExecuTorch here always uses its own pool)")  # fmt: skip
+    command.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", default=[],
+                         help="override parts of the config, e.g. model.backbone.img_size=384")  # fmt: skip
 
 
 def _add_show(command: argparse.ArgumentParser) -> None:
@@ -142,6 +164,16 @@ def _add_show(command: argparse.ArgumentParser) -> None:
     pattern.add_argument("--dilation", type=int, default=1, help="of slide2d and neighborhood2d")
     pattern.add_argument("--block", type=_parse_size, default=(64, 64), metavar="N or QUERYxKEY",
                          help="tokens per block (default 64)")  # fmt: skip
+
+
+def _parse_count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
+    return int(text)
+
+
+def _parse_batch(text: str) -> int | None:
+    return None if text == "dynamic" else _parse_count(text)
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -313,6 +345,66 @@ def _predict(options: argparse.Namespace) -> None:
     Console().print(table)
 
 
+def _export(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .export.formats import FORMATS
+    from .zoo import find_config
+
+    path = find_config(options.name)
+    kind = FORMATS[options.format]
+    kind.require()
+    config = _load(path, options.cfg_options)
+    from .export.api import export_model
+    from .mm.models import Logits, build_model, input_size, preprocessing
+
+    model = build_model(config, options.checkpoint)
+    pixels = preprocessing(model)
+    out = options.out or Path(f"{path.stem}{kind.suffix}")
+    console = Console()
+    with console.status(f"{path.stem} to {out}"):
+        exported = export_model(
+            Logits(model).eval(), out, options.format, size=options.image_size or input_size(config),
+            batch=options.batch, threads=options.threads, about={"model": path.stem, "pixels": pixels},
+        )  # fmt: skip
+    weights = options.checkpoint or "initial ones: give --checkpoint for trained ones"
+    batch = "1 to 64" if options.batch is None else str(options.batch)
+    height, width = exported.size
+    _print_export(console, exported, {
+        "model": path.stem + ("" if exported.folded else " (it has no deploy mode: nothing to fold)"),
+        "weights": weights,
+        "file": f"{exported.path}, {exported.bytes / 1e6:.1f} MB",
+        "input": f"images, float32 [{batch}, 3, {height}, {width}]: {pixels}",
+        "output": "logits, before softmax",
+        **exported.facts,
+    })  # fmt: skip
+
+
+def _print_export(console: Console, exported: Exported, facts: dict[str, str]) -> None:
+    from rich.table import Table
+
+    summary = Table(box=None, show_header=False, pad_edge=False)
+    summary.add_column(no_wrap=True)
+    summary.add_column(overflow="fold")
+    for name, value in facts.items():
+        summary.add_row(f"[bold]{name}[/]", value)
+    console.print(summary)
+    figures = Table("run by", box=None, pad_edge=False)
+    for column in (
+        "relative error",
+        f"ms, {exported.batch} image{'s' * (exported.batch > 1)}",
+        "p20 to p80",
+        "images/s",
+    ):
+        figures.add_column(column, justify="right", no_wrap=True)
+    for runner in exported.runners:
+        low, median, high = runner.latency_ms
+        figures.add_row(runner.name, f"{runner.error:.1e}", f"{median:.2f}", f"{low:.2f} to {high:.2f}",
+                        f"{1e3 * exported.batch / median:.0f}")  # fmt: skip
+    console.print()
+    console.print(figures)
+
+
 def _show_curve(options: argparse.Namespace) -> None:
     from .pictures import draw_curve, save_png
 
@@ -370,21 +462,10 @@ def _load(path: Path, options: Sequence[str] = ()) -> Config:
     """The config at a path, after the one import that must come before any parsing."""
     import vitreous_core.mm  # noqa: F401
 
-    from .mm.train import load_config, quiet_log
+    from .mm.train import load_config, parse_options, quiet_log
 
     quiet_log()
-    return load_config(path, _parse_options(options))
-
-
-def _parse_options(options: Sequence[str]) -> dict[str, Any]:
-    from mmengine.config import DictAction
-
-    for option in options:
-        if "=" not in option:
-            raise UserError(f"--cfg-options takes KEY=VALUE pairs; got {option!r}")
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--cfg-options", nargs="*", action=DictAction, default={})
-    return dict(parser.parse_args(["--cfg-options", *options]).cfg_options) if options else {}
+    return load_config(path, parse_options(options))
 
 
 def _short(count: int | None) -> str:

@@ -272,7 +272,9 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
     """
     batch, channels, height, width = x.shape
     rows, columns = height // window_size, width // window_size
-    x = x.view(batch, channels, rows, window_size, columns, window_size).permute(0, 2, 4, 1, 3, 5)
+    # In two steps, because Core ML knows tensors of five dimensions at most.
+    x = x.view(batch, channels, rows, window_size, width).transpose(1, 2)
+    x = x.reshape(batch * rows, channels, window_size, columns, window_size).permute(0, 3, 1, 2, 4)
     return x.reshape(batch * rows * columns, channels, window_size, window_size)
 
 
@@ -281,7 +283,8 @@ def window_reverse(windows: Tensor, height: int, width: int) -> Tensor:
     channels, window_size = windows.shape[1:3]
     rows, columns = height // window_size, width // window_size
     batch = windows.shape[0] // (rows * columns)
-    x = windows.view(batch, rows, columns, channels, window_size, window_size).permute(0, 3, 1, 4, 2, 5)
+    x = windows.view(batch * rows, columns, channels, window_size, window_size).permute(0, 2, 3, 1, 4)
+    x = x.reshape(batch, rows, channels, window_size, width).transpose(1, 2)
     return x.reshape(batch, channels, height, width)
 
 

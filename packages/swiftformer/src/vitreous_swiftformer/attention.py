@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitreous_core.fold import exact
@@ -130,4 +129,5 @@ class FoldedAdditiveAttention(nn.Module):
 
 def _unit_length(x: Tensor, dim: int) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.normalize(x.to(wide), dim=dim, eps=EPS).to(x.dtype)
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
+    return (x / length.clamp_min(EPS)).to(x.dtype)

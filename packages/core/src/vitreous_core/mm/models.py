@@ -14,7 +14,7 @@ import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmpretrain import ImageClassificationInferencer, get_model
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..zoo import models
@@ -66,6 +66,40 @@ def named_model(name: str, **changes: Any) -> nn.Module:
             card.paper.module("mm")
     quiet_log()
     return get_model(name, **changes)
+
+
+class Logits(nn.Module):
+    """A classifier as a plain map from normalized images `[B, 3, height, width]` to logits `[B, classes]`.
+
+    Args:
+        classifier: an MMPretrain classifier with a head, whose parts it shares.
+
+    Raises:
+        UserError: when it has no head.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        if getattr(classifier, "head", None) is None:
+            raise UserError("the model has no head, so it has no logits")
+        self.backbone: Any = classifier.backbone
+        self.neck: Any = getattr(classifier, "neck", None)
+        self.head: Any = classifier.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        feats = self.backbone(images)
+        logits: Tensor = self.head(feats if self.neck is None else self.neck(feats))
+        return logits
+
+
+def preprocessing(model: nn.Module) -> str:
+    """How pixels become the model's input, in words: order of the channels, mean and standard deviation."""
+    step: Any = model.data_preprocessor
+    text = f"{'RGB' if getattr(step, 'to_rgb', False) else 'BGR'}, 0 to 255"
+    if not getattr(step, "_enable_normalize", False):
+        return text
+    mean, std = (", ".join(f"{value:g}" for value in values.flatten().tolist()) for values in (step.mean, step.std))
+    return f"{text}, minus ({mean}), divided by ({std})"
 
 
 def input_size(config: Config) -> tuple[int, int]:

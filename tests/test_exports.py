@@ -1,0 +1,61 @@
+"""The packaged small models through `vitreous export`'s machinery: what each format takes, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitreous_core.errors import UserError
+from vitreous_core.export.api import export_model
+from vitreous_core.export.formats import FORMATS, Format
+from vitreous_core.testing.golden import golden_state
+from vitreous_core.zoo import ModelCard, models
+
+# What a format's own tools do not know; everything else must work.
+REFUSALS = {
+    ("coreml", "flash_window"): "cannot take this model: NotImplementedError: Unsupported fx node unfold",
+    ("executorch", "flash_window"): "cannot run this model",
+}
+
+
+ALWAYS = [("onnx", "efficientvit"), ("onnx", "swiftformer")]
+"""What every test run does; the rest takes minutes and is for `nox -s exports`."""
+
+each_pair = pytest.mark.parametrize(
+    ("card", "kind"),
+    [
+        pytest.param(
+            card, kind, id=f"{card.name}-{kind.name}",
+            marks=() if (kind.name, card.paper.name) in ALWAYS else pytest.mark.exports,
+        )
+        for card in models() if card.is_digits for kind in FORMATS.values()
+    ],
+)  # fmt: skip
+
+
+@each_pair
+def test_small_models(card: ModelCard, kind: Format, tmp_path: Path) -> None:
+    missing = [name for name in kind.modules if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: --format {kind.name} is NOT TESTED here")
+    import vitreous_core.mm  # noqa: F401
+    from vitreous_core.mm.models import Logits, build_model, input_size
+    from vitreous_core.mm.train import load_config
+
+    config = load_config(card.config)
+    model = Logits(build_model(config)).eval()
+    # Initial weights hide whole branches behind zeros.
+    model.load_state_dict(golden_state(model.state_dict()))
+    path = tmp_path / f"model{kind.suffix}"
+    if refusal := REFUSALS.get((kind.name, card.paper.name)):
+        with pytest.raises(UserError, match=refusal):
+            export_model(model, path, kind.name, size=input_size(config))
+        return
+    exported = export_model(model, path, kind.name, size=input_size(config))
+    assert exported.runners[-1].error < 1e-4
+    assert exported.folded == (card.paper.name in ("efficientvit", "swiftformer"))
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, *input_size(config))).isfinite().all()
