@@ -11,8 +11,10 @@ tokens anyway, so that no block does; every map that leaves a backbone is NCHW, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -25,7 +27,7 @@ from vitreous_core.ops.sum_norm import SumNorm, sum_norm
 
 from .attention import Backend, CurveAttention, HilbertNeighborhoodAttention, HilbertWindowAttention
 from .attention_2d import NeighborhoodAttention2d
-from .reorder import Curve, OrderName
+from .reorder import Curve, OrderName, constants
 
 Size = tuple[int, int]
 
@@ -382,25 +384,23 @@ class CurveStage(nn.Module):
         self.drop_path_rates = tuple(drop_path_rates)
         self.downsample = downsample
         self.with_cp = with_cp
-        # Two branches per block, all drawn at once.
-        self.register_buffer("kept", 1 - torch.tensor(drop_path_rates).repeat_interleave(2)[:, None], persistent=False)
 
     @property
     def curve(self) -> Curve:
         """The curve that the stage's tokens lie on."""
         return self.blocks[0].attn.curve
 
-    def branch_factors(self, batch: int) -> list[Tensor | None]:
+    def branch_factors(self, batch: int, device: torch.device) -> list[Tensor | None]:
         """What each sample's branches are multiplied by, fp32 `[B]`, two per block; None where none is left out."""
-        if not self.training or max(self.drop_path_rates) == 0:
-            return [None] * (2 * len(self.blocks))
-        kept = self.kept.float()
+        rates = [rate for rate in self.drop_path_rates for _ in range(2)]
+        if not self.training or max(rates) == 0:
+            return [None] * len(rates)
+        kept = _kept(tuple(rates), str(device))
         factors = kept.expand(-1, batch).bernoulli().div_(kept).unbind(0)
-        rates = (rate for rate in self.drop_path_rates for _ in range(2))
         return [factor if rate > 0 else None for factor, rate in zip(factors, rates, strict=True)]
 
     def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        factors = self.branch_factors(tokens.shape[0])  # len() would fix the batch of an exported graph
+        factors = self.branch_factors(tokens.shape[0], tokens.device)  # len() would fix the batch of an exported graph
         branch = factor = None
         for index, block in enumerate(self.blocks):
             arguments = (tokens, branch, factor, factors[2 * index], size)
@@ -549,6 +549,17 @@ class _ScaledSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (factor,) = ctx.saved_tensors
         return grad, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.branch_dtype)), None
+
+
+@torch.compiler.assume_constant_result
+def _kept(rates: tuple[float, ...], device: str) -> Tensor:
+    """One minus the rates, fp32 `[len(rates), 1]`. Not a buffer: DDP would send it round at every step."""
+    return _cached_kept(rates, device)
+
+
+@lru_cache
+def _cached_kept(rates: tuple[float, ...], device: str) -> Tensor:
+    return constants(lambda: (1 - np.array(rates, dtype=np.float32)[:, None],), device)[0]
 
 
 def _channels_last(images: Tensor) -> Tensor:
