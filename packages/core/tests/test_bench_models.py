@@ -41,7 +41,7 @@ PROBLEM = ModelProblem("network", Network, batch=3, size=16)
 
 def rows(problem: ModelProblem, *providers: Any) -> dict[tuple[str, str], dict[str, Any]]:
     case = Case("T/network", "T", problem, providers, (TRAIN, INFER), "cpu", ours="same", clock="wall")
-    return {(row["provider"], row["mode"]): row for row in run_case(case, providers, ROOF, Console(quiet=True))}
+    return {(row["provider"], row["mode"]): row for row in run_case(case, providers, lambda: ROOF, Console(quiet=True))}
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -64,7 +64,7 @@ def test_least_traffic_is_the_tensors_once():
 
 
 def rows_of(cases: list[Case]) -> Iterator[dict[str, Any]]:
-    return chain.from_iterable(run_case(case, case.providers, ROOF, Console(quiet=True)) for case in cases)
+    return chain.from_iterable(run_case(case, case.providers, lambda: ROOF, Console(quiet=True)) for case in cases)
 
 
 def test_providers_agree_on_a_cpu():
@@ -94,7 +94,7 @@ def test_a_wrong_gradient_fails_the_gate(monkeypatch):
         "scaled_dot_product_attention",
         lambda q, k, v, m: torch.softmax(q * 0.25 @ k.detach().mT + m, -1) @ v + 0 * k.sum(),
     )
-    rows = list(run_case(case, (sdpa,), ROOF, Console(quiet=True)))
+    rows = list(run_case(case, (sdpa,), lambda: ROOF, Console(quiet=True)))
     assert {row["state"] for row in rows} == {"wrong"}
     assert "dkey is off" in rows[0]["reason"]
 

@@ -31,6 +31,7 @@ from .layers import (
     build_activation,
     build_dropout,
     build_norm,
+    gelu_linear,
     pair,
     split_drop,
     sum_and_norm,
@@ -668,7 +669,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, drop: bool = True) -> Tensor:
         """`[..., C]` to the same shape; without `drop`, `dropout_layer` is left to the caller."""
-        x = self.layers(x)
+        *hidden, linear, dropout = self.layers
+        for layer, activation, hidden_dropout in hidden[:-1]:
+            x = hidden_dropout(activation(layer(x)))
+        layer, activation, hidden_dropout = hidden[-1]
+        x = layer(x)
+        if type(activation) is nn.GELU and (hidden_dropout.p == 0.0 or not hidden_dropout.training):
+            x = gelu_linear(x, activation, linear)
+        else:
+            x = linear(hidden_dropout(activation(x)))
+        x = dropout(x)
         return self.dropout_layer(x) if drop else x
 
 

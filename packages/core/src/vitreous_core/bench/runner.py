@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def run(
     """
     console = Console()
     written: dict[Path, None] = {}
-    environments: dict[str, tuple[Row, Roof]] = {}
+    environments: dict[str, tuple[Row, Callable[[], Roof]]] = {}
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
@@ -88,7 +89,8 @@ def run(
                     console.print(f"{case.name}  {contender.name}  {contender.state}", highlight=False)
             else:
                 if case.device not in environments:
-                    environments[case.device] = (environment(device, commit), _roof(cases, device))
+                    # The roof is measured when the first case is, alone on the device.
+                    environments[case.device] = (environment(device, commit), cache(partial(_roof, cases, device)))
                 facts, roof = environments[case.device]
                 path = row_file(folder, facts)
                 for row in run_case(case, providers, roof, console, lock):
@@ -122,7 +124,7 @@ class _Contender:
 
 
 def run_case(
-    case: Case, providers: Sequence[Provider], roof: Roof, console: Console, lock: Path | None = None
+    case: Case, providers: Sequence[Provider], roof: Callable[[], Roof], console: Console, lock: Path | None = None
 ) -> Iterator[Row]:
     """Rows of one case, one for each provider and mode."""
     device = torch.device(case.device)
@@ -130,7 +132,7 @@ def run_case(
     if lock is not None:
         console.print(f"  {case.name} waits for {lock}", style="dim", highlight=False)
     with _held(lock):
-        yield from _measure(case, contenders, device, roof)
+        yield from _measure(case, contenders, device, roof())
 
 
 @contextmanager
