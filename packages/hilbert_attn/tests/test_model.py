@@ -167,12 +167,12 @@ def test_stochastic_depth_grows_to_its_rate_and_keeps_the_mean() -> None:
     rates = [rate for stage in model.stages for rate in stage.drop_path_rates]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     torch.manual_seed(0)
-    first, *_, last = model.train().stages[-1].branch_factors(4000)
+    first, *_, last = model.train().stages[-1].branch_factors(4000, torch.device("cpu"))
     assert {round(v, 4) for v in last.unique().tolist()} == {0.0, round(1 / 0.6, 4)}
     assert {round(v, 4) for v in first.unique().tolist()} == {0.0, round(1 / 0.7, 4)}
     assert last.mean().item() == pytest.approx(1, abs=0.05)
-    assert model.stages[0].branch_factors(7)[:2] == [None, None]
-    assert model.eval().stages[-1].branch_factors(7) == [None] * 4
+    assert model.stages[0].branch_factors(7, torch.device("cpu"))[:2] == [None, None]
+    assert model.eval().stages[-1].branch_factors(7, torch.device("cpu")) == [None] * 4
 
 
 @each_backbone
@@ -180,7 +180,7 @@ def test_a_sample_without_branches_passes_through(build: Callable) -> None:
     """Left out everywhere, a sample's tokens leave a stage as they came; the others get their branches enlarged."""
     stage = build(drop_path_rate=0.4).train().stages[-1].double()
     drawn = [torch.tensor([0.0, 2.0], dtype=torch.float64)] * (2 * len(stage.blocks))
-    stage.branch_factors = lambda batch: drawn
+    stage.branch_factors = lambda batch, device: drawn
     tokens = torch.randn(2, 12, 32, dtype=torch.float64)
     out = stage(tokens, (3, 4))
     torch.testing.assert_close(out[0], tokens[0], rtol=0, atol=0)
