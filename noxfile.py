@@ -119,8 +119,15 @@ def sanitize(session: nox.Session) -> None:
     if shutil.which("compute-sanitizer") is None:
         session.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
     python_path = sys.executable if not session.virtualenv.is_sandboxed else "python"
-    cases = "window1d-shift-cells-gqa or neighborhood2d-cells or window2d-over or bits-dense"
-    kernels = ["packages/core/tests/test_block_sparse_kernels.py", "-k", f"test_on_gpu and ({cases})"]
+    windows = (f"packages/flash_window/tests/test_{kind}window_kernels.py" for kind in ("", "shifted_", "long_"))
+    cases = (
+        "window1d-shift-cells-gqa or neighborhood2d-cells or window2d-over or bits-dense "
+        "or 9-single-table or 49-low or 81-chunks or w7-15x17-padded or w9-single-cosine "
+        "or cut-289-flags-dropout-half or image-7-D256-padded-shifted"
+    )
+    kernels = [
+        "packages/core/tests/test_block_sparse_kernels.py", *windows, "-k", f"test_on_gpu and ({cases})"
+    ]  # fmt: skip
     # Without the cache of PyTorch's allocator an overrun leaves its tensor's own allocation and is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck"):

@@ -79,7 +79,7 @@ _ROWS = ((3, 2), (2, 2), (2, 1), (1, 1))
 _ROWS_SINGLE = ((2, 2), (2, 1), (1, 1))
 _KEYS = ((3, 2), (2, 2), (2, 1), (1, 1))
 # Programs of one or two warps: many of them make up for their being narrow.
-_SMALL = ((4, 8), (3, 8), (2, 8), (2, 4), (1, 2))
+_SMALL = ((4, 8), (3, 8), (2, 8), (3, 4), (2, 6), (2, 4), (2, 3), (2, 2), (1, 2))
 _SMALL_CHUNKS = ((2, 8), (2, 6), (2, 4), (2, 2), (1, 1))
 
 _SHARED_MEMORY = 227 * 1024
@@ -91,18 +91,27 @@ Choices = tuple[tuple[int, int], ...]
 def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the forward pass; between them, each row is in one strip."""
     choices = _FORWARD_CHUNKS if tokens > LARGEST_TILE or dtype == torch.float32 else _FORWARD
-    return [_launch(dtype, tokens, head_dim, 1, choices, *strips) for strips in _strips(tokens, False)]
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 1, choices, False)
 
 
 def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over queries."""
     choices = _ROWS_SINGLE if dtype == torch.float32 else _ROWS
-    return [_launch(dtype, tokens, head_dim, 2, choices, *strips) for strips in _strips(tokens, True)]
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, choices, True)
 
 
 def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over keys, of windows that are more than one tile."""
-    return [_launch(dtype, tokens, head_dim, 2, _KEYS, *strips) for strips in _strips(tokens, True)]
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, _KEYS, True)
+
+
+@cache
+def _launches(
+    dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices, splits: bool
+) -> list[Tile]:
+    return [
+        _launch(dtype, precision, tokens, head_dim, row_tensors, choices, *strips) for strips in _strips(tokens, splits)
+    ]
 
 
 def _strips(tokens: int, splits: bool) -> list[tuple[int, int, int]]:
@@ -119,7 +128,7 @@ def _strips(tokens: int, splits: bool) -> list[tuple[int, int, int]]:
 
 
 def _launch(
-    dtype: torch.dtype, tokens: int, head_dim: int, row_tensors: int, choices: Choices,
+    dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices,
     first: int, strips: int, rows: int,
 ) -> Tile:  # fmt: skip
     """The launch for some strips: chunks of 64 columns, and as many stages as shared memory holds."""
@@ -138,8 +147,10 @@ def _launch(
     stages, programs = next(
         (size for size in choices if size[1] * ((size[0] - spare) * stage + scratch) <= _SHARED_MEMORY), choices[-1]
     )
-    # 16 rows per warp are what the matrix units work on; scalar products are spread over more.
-    warps = rows // 16 * (2 if dot_precision(dtype) == "ieee" else 1)
+    # 16 rows per warp are what the matrix units work on; many channels and scalar products are spread over more.
+    warps = rows // 16 * (2 if precision == "ieee" else 1)
+    if rows < LARGEST_TILE:
+        warps = max(warps, min(4, channels // 64))
     return Tile(first, strips, rows, columns, tail, warps, stages, programs)
 
 
