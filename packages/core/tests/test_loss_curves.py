@@ -15,7 +15,11 @@ from vitreous_core.loss_curves import curves_figure, curves_table, read_loss_cur
 def record(folder: Path, config: str, run: str, backend: str | None, seed: int, losses: list[float]) -> None:
     name = run if backend is None else f"{run}-{backend}-seed{seed}"
     (folder / config / name).mkdir(parents=True)
-    facts = {"backend": backend, "seed": seed, "device": "gpu", "best": 90.0 + seed}
+    facts = {"backend": backend, "seed": seed, "device": "gpu", "best": 90.0 + seed, "commit": "0123456789"}
+    settings = (
+        f"lr = 1\nmodel = dict(\n    backend={backend!r},\n)\nrandomness = dict(seed={seed})\nwork_dir = {name!r}\n"
+    )
+    (folder / config / name / "config.py").write_text(settings)
     (folder / config / name / "run.json").write_text(json.dumps(facts))
     rows = [{"split": "train", "step": 10 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
     rows.append({"split": "val", "step": 1, "accuracy/top1": 90.0})
@@ -36,7 +40,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_newest_whole_set_is_read(folder: Path) -> None:
+def test_runs_of_other_configs_are_not_compared(folder: Path) -> None:
+    config = folder / "net_digits" / "2026-01-02-abc-triton-seed1" / "config.py"
+    config.write_text(config.read_text().replace("lr = 1", "lr = 2"))
+    with pytest.raises(ValueError, match="differ in backend and seed alone"):
+        read_loss_curves(folder)
+
+
+def test_the_newest_run_of_each_seed_is_read(folder: Path) -> None:
     (entry,) = read_loss_curves(folder)
     assert entry.config == "net_digits"
     assert list(entry.steps) == [10, 20]
@@ -58,7 +69,10 @@ def test_difference_is_judged_by_the_seeds_noise(folder: Path) -> None:
 def test_table_and_figure(folder: Path) -> None:
     curves = read_loss_curves(folder)
     table = curves_table(curves)
-    assert "| net_digits | triton | 3 | 20 | 0.0500 | 0.1303 | 0.2000 | 91.00 ± 1.00 | 91.00 ± 1.00 | gpu |" in table
+    assert (
+        "| net_digits | triton | 3 | 20 | 0.0500 | 0.1303 | 0.2000 | 91.00 ± 1.00 | 91.00 ± 1.00 | gpu | 0123456 | 0123456 |"
+        in table
+    )
     top, bottom = curves_figure(curves).axes
     assert [line.get_label() for line in top.get_lines()] == ["torch", "triton"]
     np.testing.assert_allclose(bottom.get_lines()[0].get_ydata(), [0.05, 0.05])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class LossCurves:
         losses: `[seeds, steps]` by backend, same seeds in the same order.
         scores: best validation score by backend, one for each seed.
         facts: `run.json` of one of the runs.
+        commits: of the runs, by backend.
     """
 
     config: str
@@ -38,6 +40,7 @@ class LossCurves:
     losses: Mapping[str, np.ndarray]
     scores: Mapping[str, Sequence[float]]
     facts: Mapping[str, Any]
+    commits: Mapping[str, Sequence[str]]
 
     @property
     def seeds(self) -> int:
@@ -61,25 +64,32 @@ class LossCurves:
 
 
 def read_loss_curves(folder: Path) -> list[LossCurves]:
-    """The newest set of runs of each config below `docs/results/repro/<paper>` that has the reference beside another.
+    """Runs below `docs/results/repro/<paper>` that tell the reference from another backend, a set for each config.
 
-    A set is what one commit recorded on one day and one machine; each backend needs the same seeds, two at least.
+    Of a backend and a seed the newest run on a device counts. All runs of a set have the same resolved config but for
+    backend and seed; each backend has the same seeds, two at least.
     """
     found = []
     for config in sorted(path for path in folder.glob("*") if path.is_dir()):
-        sets: dict[tuple[str, str], dict[str, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
+        devices: dict[str, dict[str, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
         for record in sorted(config.glob("*/run.json")):
             facts = json.loads(record.read_text(encoding="utf-8"))
             backend, seed = facts.get("backend"), facts["seed"]
             if backend is not None and record.parent.name.endswith(f"-{backend}-seed{seed}"):
-                run = record.parent.name.removesuffix(f"-{backend}-seed{seed}")
-                sets[run, facts["device"]][backend][seed] = record.parent
-        for (_, _), backends in sorted(sets.items(), reverse=True):
+                devices[facts["device"]][backend][seed] = record.parent
+        for backends in devices.values():
             seeds = set.intersection(*(set(runs) for runs in backends.values()))
             if REFERENCE in backends and len(backends) > 1 and len(seeds) > 1:
+                _check_configs([runs[seed] for runs in backends.values() for seed in seeds])
                 found.append(_read_set(config.name, backends, sorted(seeds)))
-                break
     return found
+
+
+def _check_configs(records: Sequence[Path]) -> None:
+    texts = [(record / "config.py").read_text(encoding="utf-8") for record in records]
+    plain = {re.sub(r"^.*\b(backend|seed|work_dir)=?.*$", "", text, flags=re.MULTILINE) for text in texts}
+    if len(plain) > 1:
+        raise ValueError(f"runs that are compared must differ in backend and seed alone: {records[0].parent}")
 
 
 def _read_set(config: str, backends: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> LossCurves:
@@ -97,6 +107,7 @@ def _read_set(config: str, backends: Mapping[str, Mapping[int, Path]], seeds: Se
         {backend: np.array([[run[step] for step in steps] for run in runs]) for backend, runs in losses.items()},
         {backend: [facts["best"] for facts in runs] for backend, runs in described.items()},
         described[REFERENCE][0],
+        {backend: sorted({facts["commit"] or "release" for facts in runs}) for backend, runs in described.items()},
     )
 
 
@@ -109,7 +120,7 @@ def curves_table(curves: Sequence[LossCurves]) -> str:
     """Markdown: noise, difference and scores of each config."""
     header = (
         "config", "backend", "seeds", "steps", "mean loss difference", "expected of equals", "seed noise",
-        "best top-1 %", "torch's", "machine",
+        "best top-1 %", "torch's", "machine", "commit", "torch's",
     )  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for entry in curves:
@@ -120,6 +131,7 @@ def curves_table(curves: Sequence[LossCurves]) -> str:
                 entry.config, backend, str(entry.seeds), str(entry.steps[-1]), f"{entry.difference(backend):.4f}",
                 f"{entry.expected():.4f}", f"{entry.noise():.4f}", _spread(entry.scores[backend]),
                 _spread(entry.scores[REFERENCE]), entry.facts["device"],
+                *(", ".join(commit[:7] for commit in entry.commits[name]) for name in (backend, REFERENCE)),
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
