@@ -18,7 +18,9 @@ NAME = re.compile(r"[a-z0-9.-]+_\d+xb\d+_[a-z0-9-]+")
 
 
 def config_files(paper: Paper) -> list[Path]:
-    return [file for file in sorted(paper.configs.rglob("*.py")) if "_base_" not in file.parts]
+    """Those of classifiers: `downstream` is for other projects, and tested in test_downstream.py."""
+    others = {"_base_", "downstream"}
+    return [file for file in sorted(paper.configs.rglob("*.py")) if not others & set(file.parts)]
 
 
 @cache

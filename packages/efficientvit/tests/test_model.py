@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitreous_core.testing.golden import golden_cotangent, golden_input, golden_path
-from vitreous_efficientvit import EfficientViTMSRA, EfficientViTMSRAHead
+from vitreous_efficientvit import EfficientViTMSRA, EfficientViTMSRAHead, FinerMaps
 from vitreous_efficientvit.convert import to_official
 
 TESTS = Path(__file__).parent
@@ -347,3 +347,17 @@ def test_import_is_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+class TestFinerMaps:
+    def test_are_put_in_front(self):
+        neck = FinerMaps(8, levels=2)
+        maps = (torch.randn(2, 8, 5, 7), torch.randn(2, 16, 3, 4))
+        finer = neck(maps)
+        assert [tuple(y.shape[1:]) for y in finer] == [(8, 20, 28), (8, 10, 14), (8, 5, 7), (16, 3, 4)]
+        assert finer[2:] == maps
+        torch.testing.assert_close(finer[1], neck.layers[0](maps[0]))
+
+    def test_bad_arguments(self):
+        with pytest.raises(ValueError, match="levels must be positive; got 0"):
+            FinerMaps(8, levels=0)

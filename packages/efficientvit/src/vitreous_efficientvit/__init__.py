@@ -5,5 +5,6 @@ Plain PyTorch; `import vitreous_efficientvit.mm` registers the models with MMPre
 
 from .attention import CascadedGroupAttention
 from .model import EfficientViTMSRA, EfficientViTMSRAHead
+from .neck import FinerMaps
 
-__all__ = ["CascadedGroupAttention", "EfficientViTMSRA", "EfficientViTMSRAHead"]
+__all__ = ["CascadedGroupAttention", "EfficientViTMSRA", "EfficientViTMSRAHead", "FinerMaps"]
