@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitreous_core.bench import render
 from vitreous_core.bench.case import Case, Goal
-from vitreous_core.bench.measure import TF32, Roof, matmul_precision, measure_roof
+from vitreous_core.bench.measure import TF32, DeviceClock, Roof, matmul_precision, measure_roof
 from vitreous_core.bench.models import INFER, TRAIN, ModelProblem, model_provider
 from vitreous_core.bench.runner import run_case
 
@@ -135,3 +135,25 @@ def test_tf32_is_a_dtype_of_its_own() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
     assert measure_roof(torch.device("cpu"), [TF32]).matmul_flops_per_s[TF32] > 0
+
+
+def test_a_run_that_the_host_was_late_for_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, queried = [], iter([True, True, False, False])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def query(self) -> bool:
+            return next(queried)
+
+        def elapsed_time(self, _: Event) -> float:
+            return float(len(flushed))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = object.__new__(DeviceClock)
+    clock._flush_ms = 1.0
+    clock._flush = type("Flush", (), {"read": lambda self: flushed.append(1)})()
+    monkeypatch.setattr(clock, "host_ms", lambda step: 0.0, raising=False)
+    # One flush, two, four: the first run behind four counts, and four stay.
+    assert clock.samples_ms(lambda: None, 2) == [7.0, 11.0]

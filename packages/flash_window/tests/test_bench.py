@@ -13,7 +13,7 @@ from vitreous_core.bench.measure import Roof
 from vitreous_core.bench.models import ModelProblem
 from vitreous_core.bench.runner import run_case
 from vitreous_flash_window import bench
-from vitreous_flash_window.bench_operations import CutWindows, PackedImage
+from vitreous_flash_window.bench_operations import CutWindows, PackedImage, round_to_tf32, tf32_product
 
 CASES = bench.cases()
 ROOF = Roof(1e12, {"float32": 1e12})
@@ -97,6 +97,28 @@ def test_a_wrong_gradient_fails_the_gate(monkeypatch):
     rows = list(run_case(case, (sdpa,), lambda: ROOF, Console(quiet=True)))
     assert {row["state"] for row in rows} == {"wrong"}
     assert "dkey is off" in rows[0]["reason"]
+
+
+def test_tf32_rounds_to_ten_bits_both_ways():
+    x = torch.tensor([1 + 2**-10, 1 + 2**-11 + 2**-20, 1 + 2**-12, -3.1415927])
+    assert round_to_tf32(x).tolist() == [1 + 2**-10, 1 + 2**-10, 1.0, -3.140625]
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 40, 50, generator=generator).requires_grad_() for _ in range(2))
+    out = tf32_product(a, b.mT)
+    gradients = torch.autograd.grad(out.square().sum(), (a, b))
+    wide = [leaf.detach().double().requires_grad_() for leaf in (a, b)]
+    exact = wide[0] @ wide[1].mT
+    for got, truth in zip((out, *gradients), (exact, *torch.autograd.grad(exact.square().sum(), wide)), strict=True):
+        error = (got - truth).norm() / truth.norm()
+        assert 1e-4 < error < 1e-3  # TF32's, 2**-11 at most per factor
+
+
+def test_float32_is_judged_by_tf32():
+    problem = CutWindows(8, 2, 9, 16, "float32", tf32=True)
+    prepared = bench.EAGER.prepare(problem, torch.device("cpu"))
+    gate = prepared.gate(("fwd", "fwd+bwd"))
+    assert gate.passed  # a CPU does not round to TF32
+    assert min(gate.limits.values()) > 1e-3
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import flex_attention
 
 from vitreous_core.bench.attention import BOTH, FORWARD, relative_error
@@ -29,6 +30,7 @@ _CHECKED_SCORES = 2**24
 Inputs = dict[str, Tensor]
 """The tensors of a problem by name; those that require gradients are its leaves."""
 Attend = Callable[[Inputs], Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class WindowProblem(Protocol):
@@ -262,13 +264,15 @@ def _gate(
 @lru_cache(1)
 def _truth(problem: WindowProblem, device: torch.device) -> tuple[Inputs, dict[str, float]]:
     """Eager attention on the sample in float64, and twice its error in the problem's own precision."""
-    truth = _sampled(problem, device, torch.float64, tf32=False)
-    own = _sampled(problem, device, getattr(torch, problem.dtype), problem.tf32)
+    truth = _sampled(problem, device, torch.float64, torch.matmul)
+    # cuBLAS rounds to TF32 only where sizes suit it, so its error would be no measure of TF32's.
+    product = tf32_product if problem.tf32 else torch.matmul
+    own = _sampled(problem, device, getattr(torch, problem.dtype), product)
     rounding = 2**-11 if problem.tf32 else torch.finfo(getattr(torch, problem.dtype)).eps / 2
     return truth, {name: 2 * (relative_error(tensor, truth[name]) + rounding) for name, tensor in own.items()}
 
 
-def _sampled(problem: WindowProblem, device: torch.device, dtype: torch.dtype, tf32: bool) -> Inputs:
+def _sampled(problem: WindowProblem, device: torch.device, dtype: torch.dtype, product: Product) -> Inputs:
     inputs, cotangent = problem.draw(device)
     chosen = problem.checked(inputs, cotangent)
     leaves = {}
@@ -277,11 +281,40 @@ def _sampled(problem: WindowProblem, device: torch.device, dtype: torch.dtype, t
         # What all windows share is float32 in every low precision.
         wide = dtype if len(part) == len(chosen) and part is not tensor else torch.promote_types(dtype, part.dtype)
         leaves[name] = part.to(wide).requires_grad_()
-    with products(tf32):
-        build: Callable[[Any, torch.device], Attend] = eager if isinstance(problem, CutWindows) else eager_image
-        out = build(problem, device)(leaves)
+    with products(tf32=False):
+        if isinstance(problem, CutWindows):
+            out = eager(problem, device, product)(leaves)
+        else:
+            assert isinstance(problem, PackedImage)
+            out = eager_image(problem, device)(leaves)
         gradients = torch.autograd.grad(out, list(leaves.values()), cotangent[chosen].to(dtype))
     return {"out": out.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def tf32_product(a: Tensor, b: Tensor) -> Tensor:
+    """A product of float32 factors rounded to TF32, forward and backward."""
+    product: Tensor = _Tf32Product.apply(a, b)
+    return product
+
+
+def round_to_tf32(tensor: Tensor) -> Tensor:
+    """To the nearest number with 10 bits behind the leading one."""
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class _Tf32Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        a, b = round_to_tf32(a), round_to_tf32(b)
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        grad = round_to_tf32(grad)
+        return grad @ b.mT, a.mT @ grad
 
 
 # Cut windows. Each takes the problem and returns the function to time.
@@ -293,15 +326,15 @@ def triton(problem: CutWindows, device: torch.device) -> Attend:
     return lambda x: window_attention(x["query"], x["key"], x["value"], x.get("bias"), backend="triton")
 
 
-def eager(problem: CutWindows, device: torch.device) -> Attend:
+def eager(problem: CutWindows, device: torch.device, product: Product = torch.matmul) -> Attend:
     """Plain PyTorch in the inputs' dtype, as Swin implementations write it."""
     scale = problem.head_dim**-0.5
 
     def attend(x: Inputs) -> Tensor:
-        scores = (x["query"] * scale) @ x["key"].transpose(-2, -1)
+        scores = product(x["query"] * scale, x["key"].transpose(-2, -1))
         if "bias" in x:
             scores = scores + x["bias"].to(scores.dtype)
-        return torch.softmax(scores, dim=-1) @ x["value"]
+        return product(torch.softmax(scores, dim=-1), x["value"])
 
     return attend
 

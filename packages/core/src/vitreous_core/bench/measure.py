@@ -15,6 +15,8 @@ from .case import Step, Work
 
 TF32 = "tfloat32"
 _MIB = 2**20
+_LONGEST_FLUSH = 8
+"""Times the first guess that a flush before a run may grow to."""
 _LARGEST_RATIO_OF_COPY = 0.1
 """Share of the free memory that the copy measuring the bandwidth may take, per buffer."""
 
@@ -68,7 +70,8 @@ class DeviceClock:
     """GPU time between two events, with a cold L2 cache.
 
     The flush before each run is made long enough for the host to put the whole step into the queue meanwhile:
-    launches then cost no provider anything, as in a captured graph, and what is timed is the work on the device.
+    launches then cost no provider anything, as in a captured graph, and what is timed is the work on the device. A run
+    whose flush ended before the host was done is repeated behind a longer one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,18 +80,24 @@ class DeviceClock:
 
     def samples_ms(self, step: Step, count: int) -> list[float]:
         flushes = 1 + int(1.5 * self.host_ms(step) / self._flush_ms)
-        events = []
-        for _ in range(count):
+        # A step that waits for the device itself is late behind any flush.
+        most = _LONGEST_FLUSH * flushes
+        samples: list[float] = []
+        while len(samples) < count:
             for _ in range(flushes):
                 self._flush.read()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             step()
+            is_late = start.query()
             stop.record()
-            events.append((start, stop))
             # The next run's flush must not wait behind this run's step, or the host falls behind.
             stop.synchronize()
-        return [start.elapsed_time(stop) for start, stop in events]
+            if is_late and flushes < most:
+                flushes *= 2
+            else:
+                samples.append(start.elapsed_time(stop))
+        return samples
 
     @staticmethod
     def host_ms(step: Step, runs: int = 3) -> float:
