@@ -122,7 +122,10 @@ def _attend_by_flex(
     query, key, value = (part.transpose(1, 2) for part in heads)
     # Below 128 queries it would take the kernel made for decoding.
     options = {"FORCE_USE_FLEX_ATTENTION": True}
-    out = compiled_flex()(query, key, value, block_mask=masks[size], scale=module.scale, kernel_options=options)
+    # Queries, keys and values are in the autocast dtype already; compiled under autocast, PyTorch 2.11 fell back to
+    # running its parts in eager mode, and failed.
+    with torch.autocast(qkv.device.type, enabled=False):
+        out = compiled_flex()(query, key, value, block_mask=masks[size], scale=module.scale, kernel_options=options)
     return out.transpose(1, 2).flatten(2)
 
 
