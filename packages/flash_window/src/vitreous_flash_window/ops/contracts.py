@@ -97,6 +97,8 @@ def _backward(
         return launch_backward(dout, query, key, value, out, lse, bias, mask, seed, scale, dropout_p, needs_bias)
     from .triton.long_backward import launch_long_backward
 
+    assert out is not None
+    assert lse is not None
     return launch_long_backward(
         dout, query, key, value, out, lse, bias, mask, seed, scale, dropout_p, needs_bias
     )  # fmt: skip

@@ -5,7 +5,7 @@ Nothing here depends on the number of windows, so a shape compiles once.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -61,8 +61,19 @@ def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
 
 
 def count_parts(device: torch.device, tile: Tile, windows: int, heads: int) -> int:
-    """Among how many parts the windows are divided so that the programs of all parts fill the GPU once."""
-    return max(1, min(windows, _multiprocessors(device) * tile.programs // (heads * tile.strips)))
+    """Among how many parts the windows are divided: so that all programs run at once, or in a few full waves."""
+    return _count_parts(_multiprocessors(device) * tile.programs, heads * tile.strips, windows)
+
+
+@lru_cache(maxsize=1024)
+def _count_parts(slots: int, programs_per_part: int, windows: int) -> int:
+    def cost(waves: int) -> float:
+        parts = min(windows, waves * slots // programs_per_part)
+        # Steps of the longest program, and what it takes to begin and end a wave.
+        return waves * (-(-windows // parts) + _COST_OF_A_WAVE) if parts else float("inf")
+
+    waves = min(range(1, _LARGEST_WAVES + 1), key=cost)
+    return max(1, min(windows, waves * slots // programs_per_part))
 
 
 @cache
@@ -84,6 +95,9 @@ _SMALL_CHUNKS = ((2, 8), (2, 6), (2, 4), (2, 2), (1, 1))
 
 _SHARED_MEMORY = 227 * 1024
 """Of one multiprocessor."""
+
+_LARGEST_WAVES, _COST_OF_A_WAVE = 4, 2
+"""The latter in windows: filling the pipeline, reading the bias, writing the partial bias gradient."""
 
 Choices = tuple[tuple[int, int], ...]
 

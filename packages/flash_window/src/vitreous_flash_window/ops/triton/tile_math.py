@@ -121,7 +121,9 @@ def in_base_2(addend):
 
 @triton.jit
 def addend_tile(ptr, row_index, column_index, stride_row, stride_column, TOKENS: tl.constexpr, KIND: tl.constexpr):
-    """Base-2 addend `[rows, columns]` of scores of a window: a bias or mask at `ptr`, minus infinity in padding.
+    """Base-2 addend of scores of a window: a bias or mask at `ptr`, minus infinity in padding.
+
+    `[rows, columns]`, or `[1, columns]` where there is only padding.
 
     Args:
         ptr: the tile of one head or window; not read without an addend.
@@ -132,13 +134,12 @@ def addend_tile(ptr, row_index, column_index, stride_row, stride_column, TOKENS:
         KIND: `NO_ADDEND`; `NUMBERS`, added; `FLAGS`, bytes, zero hides.
     """
     is_pair = (row_index < TOKENS) & (column_index < TOKENS)
+    offset = row_index.to(tl.int64) * stride_row + column_index.to(tl.int64) * stride_column
     if KIND == NO_ADDEND:
-        addend = tl.where(is_pair | (row_index >= TOKENS), 0.0, 0.0)
+        addend = 0.0
     elif KIND == NUMBERS:
-        offset = row_index.to(tl.int64) * stride_row + column_index.to(tl.int64) * stride_column
         addend = in_base_2(tl.load(ptr + offset, mask=is_pair, other=0.0))
     else:
-        offset = row_index.to(tl.int64) * stride_row + column_index.to(tl.int64) * stride_column
         addend = tl.where(tl.load(ptr + offset, mask=is_pair, other=1) != 0, 0.0, -float("inf"))
     return tl.where(column_index < TOKENS, addend, -float("inf"))
 

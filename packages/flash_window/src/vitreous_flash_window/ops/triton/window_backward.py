@@ -96,15 +96,16 @@ def _window_bwd_rows_kernel(
         dv_offsets = row_offsets(rows, offs_d, stride_dvn * ALIGN, stride_dvd)
     else:
         o_offsets = row_offsets(rows, offs_d, stride_on * ALIGN, stride_od)
-    bias = addend_tiles(
-        bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
-    )
     sums = ()
     if NEEDS_BIAS:
         for c in tl.static_range(CHUNKS):
             sums = sums + (tl.zeros([ROWS, COLUMNS if c < WHOLE else TAIL], tl.float32),)
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
+        # Under a mask made anew for each of its windows, rather than kept beside the sum with the mask.
+        bias = addend_tiles(
+            bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
+        )
         addends = add_mask_tiles(
             bias, mask_ptr, group, rows, stride_mw, stride_mq, stride_mk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, MASK
         )
@@ -220,11 +221,12 @@ def _window_bwd_keys_kernel(
     v_offsets = row_offsets(rows, offs_d, stride_vn * ALIGN, stride_vd)
     dk_offsets = row_offsets(rows, offs_d, stride_dkn * ALIGN, stride_dkd)
     dv_offsets = row_offsets(rows, offs_d, stride_dvn * ALIGN, stride_dvd)
-    bias = addend_tiles(
-        bias_ptr, head * stride_bh, rows, stride_bk, stride_bq, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
-    )
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
+        # Under a mask made anew for each of its windows, rather than kept beside the sum with the mask.
+        bias = addend_tiles(
+            bias_ptr, head * stride_bh, rows, stride_bk, stride_bq, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
+        )
         addends = add_mask_tiles(
             bias, mask_ptr, group, rows, stride_mw, stride_mk, stride_mq, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, MASK
         )

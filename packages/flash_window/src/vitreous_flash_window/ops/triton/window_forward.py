@@ -75,11 +75,12 @@ def _window_fwd_kernel(
     is_row = rows < TOKENS
     q_offsets = row_offsets(rows, offs_d, stride_qn * ALIGN, stride_qd)
     o_offsets = row_offsets(rows, offs_d, stride_on * ALIGN, stride_od)
-    bias = addend_tiles(
-        bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
-    )
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
+        # Under a mask made anew for each of its windows, rather than kept beside the sum with the mask.
+        bias = addend_tiles(
+            bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, BIAS
+        )
         addends = add_mask_tiles(
             bias, mask_ptr, group, rows, stride_mw, stride_mq, stride_mk, TOKENS, COLUMNS, TAIL, WHOLE, CHUNKS, MASK
         )
