@@ -139,7 +139,6 @@ LARGE = {
     "w7-map-smaller": Problem(4, 6, 7, 3, 2, 3, 32, BRAIN, table=False),
     "w4-D64-large-scores": Problem(20, 12, 4, 2, 2, 2, 64, HALF, magnitude=3.0, strides="expanded"),
     "w8-D128-dropout": Problem(16, 24, 8, 3, 2, 2, 128, BRAIN, dropout_p=0.3),
-    "w7-D256": Problem(14, 21, 7, 3, 1, 2, 256, HALF),
     "w8-D256-single-is-long": Problem(8, 16, 8, 0, 1, 1, 256, SINGLE),
     "w6-D40-gaps": Problem(18, 17, 6, 2, 2, 3, 40, HALF, strides="gaps"),
 }

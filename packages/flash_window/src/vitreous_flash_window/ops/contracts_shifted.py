@@ -147,7 +147,8 @@ def _(dout: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor | None, *rest: 
 
 
 def _is_short(qkv: Tensor, num_heads: int, window_size: int) -> bool:
-    return fits_on_chip(window_size**2, qkv.shape[3] // 3 // num_heads, qkv.element_size())
+    # A head dim is a constant even where sizes are symbols: kernels are compiled for it.
+    return fits_on_chip(window_size**2, int(qkv.shape[3]) // 3 // num_heads, qkv.element_size())
 
 
 def _keeps_output(qkv: Tensor, num_heads: int, window_size: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import dot_precision, dropout_numbers, padded_head_dim, stride_alignment
-from .shifted_configs import LARGEST_TILE, Config, choose, deal
+from .shifted_configs import Config, Tile, choose, deal
 
 NO_PADDING, ZERO_PADDING, TOKEN_PADDING = 0, 1, 2
 """What fills the image to whole windows: it needs nothing; zeros; a token given by the caller."""
@@ -18,6 +18,114 @@ RUNTIME_NUMBERS = (
     "images", "height", "width", "window_rows", "window_columns", "heads", "load",
 )  # fmt: skip
 """Integers that kernels must not be compiled anew for."""
+
+PLANS = 1024
+"""How many shapes are remembered."""
+
+
+class Shape(NamedTuple):
+    """What a launch depends on, apart from the tensors' values: hashable, so that it is planned once.
+
+    Args:
+        image: shape of qkv, `[B, height, width, 3 * C]`.
+        strides: of qkv, then of the cotangent (zeros in the forward pass): batch, rows, columns each.
+        table_strides: of the bias table, or None without one.
+        has_padding_token, has_logit_scale, has_dropout: which optional tensors there are.
+        num_heads, window_size, shift_size: as in `api.shifted_window_attention`.
+        dtype, device: of qkv.
+        precision: of products, see `arguments.dot_precision`.
+    """
+
+    image: tuple[int, ...]
+    strides: tuple[int, ...]
+    table_strides: tuple[int, ...] | None
+    has_padding_token: bool
+    has_logit_scale: bool
+    has_dropout: bool
+    num_heads: int
+    window_size: int
+    shift_size: int
+    dtype: torch.dtype
+    device: torch.device
+    precision: str
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.image[3] // 3
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.channels // self.num_heads
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens per window."""
+        return self.window_size**2
+
+    @property
+    def window_grid(self) -> tuple[int, int]:
+        """Windows along the height and along the width."""
+        _, height, width, _ = self.image
+        return -(-height // self.window_size), -(-width // self.window_size)
+
+    @property
+    def windows(self) -> int:
+        """Windows of the batch."""
+        rows, columns = self.window_grid
+        return self.image[0] * rows * columns
+
+    @property
+    def padding(self) -> int:
+        """One of the constants above."""
+        _, height, width, _ = self.image
+        if height % self.window_size == 0 and width % self.window_size == 0:
+            return NO_PADDING
+        return TOKEN_PADDING if self.has_padding_token else ZERO_PADDING
+
+    @property
+    def config(self) -> Config:
+        """See `shifted_configs.choose`."""
+        return choose(self.tokens, self.head_dim, self.dtype, self.precision)
+
+    def launch(self, tile: Tile, **more: bool) -> Launch:
+        """How a kernel with this tile is launched; `more` are further constants."""
+        batch, height, width, _ = self.image
+        rows, columns = self.window_grid
+        zones: tuple[int, ...] = (batch * rows * columns,)
+        if self.shift_size:
+            zones = (batch * (rows - 1) * (columns - 1), batch * (columns - 1), batch * (rows - 1), batch)
+        owners = self.num_heads * tile.strips(self.tokens)
+        load, parts = deal(zones, owners, tile.programs, self.device)
+        align = stride_alignment(*self.strides, self.channels)
+        numbers = (
+            *(stride // align for stride in self.strides), *(self.table_strides or (0, 0)),
+            batch, height, width, rows, columns, self.num_heads, load,
+        )  # fmt: skip
+        constants = {
+            "WINDOW": self.window_size, "SHIFT": self.shift_size, "PAD": self.padding,
+            "BIAS": self.table_strides is not None, "COSINE": self.has_logit_scale, "DROPOUT": self.has_dropout,
+            "HEAD_DIM": self.head_dim, "BLOCK_D": padded_head_dim(self.head_dim), "PRECISION": self.precision,
+            "ALIGN": align, **tile.options(self.tokens), **more,
+        }  # fmt: skip
+        return Launch((owners * parts,), parts, numbers, constants)
+
+
+class Launch(NamedTuple):
+    """One launch, planned.
+
+    Args:
+        grid: programs.
+        parts: among which the windows are dealt out.
+        numbers: in the order of `RUNTIME_NUMBERS`.
+        constants: what the kernel is compiled for, by name.
+    """
+
+    grid: tuple[int]
+    parts: int
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
 
 
 class Problem(NamedTuple):
@@ -40,89 +148,27 @@ class Problem(NamedTuple):
     scale: float
     dropout_p: float
 
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.qkv.shape[3] // 3
+    def shape(self, dout: Tensor | None = None) -> Shape:
+        """Everything about this problem but values; with the cotangent for the backward pass."""
+        qkv, table = self.qkv, self.bias_table
+        strides = qkv.stride()[:3] + ((0, 0, 0) if dout is None else dout.stride()[:3])
+        return Shape(
+            tuple(qkv.shape), strides, None if table is None else table.stride(), self.pad_qkv is not None,
+            self.logit_scale is not None, self.seed is not None, self.num_heads, self.window_size, self.shift_size,
+            qkv.dtype, qkv.device, dot_precision(qkv.dtype),
+        )  # fmt: skip
 
-    @property
-    def head_dim(self) -> int:
-        """D."""
-        return self.channels // self.num_heads
-
-    @property
-    def tokens(self) -> int:
-        """N, tokens per window."""
-        return self.window_size**2
-
-    @property
-    def window_grid(self) -> tuple[int, int]:
-        """Windows along the height and along the width."""
-        _, height, width, _ = self.qkv.shape
-        return -(-height // self.window_size), -(-width // self.window_size)
-
-    def deal(self, owners: int, programs: int) -> tuple[int, int]:
-        """See `shifted_configs.deal`."""
-        images, (rows, columns) = self.qkv.shape[0], self.window_grid
-        zones: tuple[int, ...] = (images * rows * columns,)
-        if self.shift_size:
-            zones = (images * (rows - 1) * (columns - 1), images * (columns - 1), images * (rows - 1), images)
-        return deal(zones, owners, programs, self.qkv.device)
-
-    @property
-    def windows(self) -> int:
-        """Windows of the batch."""
-        rows, columns = self.window_grid
-        return self.qkv.shape[0] * rows * columns
-
-    @property
-    def lse_shape(self) -> tuple[int, ...]:
-        """Of the log-sum-exp that the forward pass leaves; windows of one chunk leave none."""
-        return (self.windows, self.num_heads, self.tokens) if self.tokens > LARGEST_TILE else (0,)
-
-    @property
-    def padding(self) -> int:
-        """One of the constants above."""
-        _, height, width, _ = self.qkv.shape
-        if height % self.window_size == 0 and width % self.window_size == 0:
-            return NO_PADDING
-        return ZERO_PADDING if self.pad_qkv is None else TOKEN_PADDING
-
-    @property
-    def config(self) -> Config:
-        """See `shifted_configs.choose`."""
-        return choose(self.tokens, self.head_dim, self.qkv.dtype, dot_precision(self.qkv.dtype))
-
-    def pointers(self) -> tuple[Tensor | None, ...]:
+    def pointers(self, shape: Shape) -> tuple[Tensor | None, ...]:
         """The kernels' first arguments."""
-        pad = None
-        if self.padding == TOKEN_PADDING:
+        pad, logit = None, self.logit_scale
+        if shape.padding == TOKEN_PADDING:
             assert self.pad_qkv is not None
             pad = self.pad_qkv.to(self.qkv.dtype).contiguous()
-        logit = None if self.logit_scale is None else self.logit_scale.reshape(-1).contiguous()
-        return self.qkv, pad, self.bias_table, logit, self.seed
-
-    def numbers(self, dout: Tensor | None = None) -> tuple[tuple[int, ...], int]:
-        """Strides and sizes in the order of `RUNTIME_NUMBERS`, all but the last; and what divides image strides."""
-        batch, height, width, _ = self.qkv.shape
-        strides = (*self.qkv.stride()[:3], *((0, 0, 0) if dout is None else dout.stride()[:3]))
-        align = stride_alignment(*strides, self.channels)
-        of_table = (0, 0) if self.bias_table is None else self.bias_table.stride()
-        sizes = (batch, height, width, *self.window_grid, self.num_heads)
-        return (*(stride // align for stride in strides), *of_table, *sizes), align
+        return self.qkv, pad, self.bias_table, None if logit is None else logit.contiguous(), self.seed
 
     def factors(self) -> tuple[float, int, float]:
-        """Scale, and the numbers of the dropout."""
+        """Scale, and the numbers of the dropout: kernels' arguments after `RUNTIME_NUMBERS`."""
         return self.scale, *dropout_numbers(self.dropout_p)
-
-    def constants(self) -> dict[str, Any]:
-        """What a kernel is compiled for, tiles apart."""
-        return {
-            "WINDOW": self.window_size, "SHIFT": self.shift_size, "PAD": self.padding,
-            "BIAS": self.bias_table is not None, "COSINE": self.logit_scale is not None,
-            "DROPOUT": self.seed is not None, "HEAD_DIM": self.head_dim, "BLOCK_D": padded_head_dim(self.head_dim),
-            "PRECISION": dot_precision(self.qkv.dtype),
-        }  # fmt: skip
 
 
 def with_contiguous_rows(tensor: Tensor) -> Tensor:

@@ -13,13 +13,15 @@ writes one partial result; they are added up in a fixed order.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .arguments import device_of
-from .bias_gradient import fold_rows
+from .bias_gradient import fold_partials, fold_rows
 from .image_addressing import (
     NO_PADDING,
     NORM_EPS,
@@ -34,7 +36,7 @@ from .image_addressing import (
     window_scores,
     windows_of_part,
 )
-from .shifted_arguments import RUNTIME_NUMBERS, Problem
+from .shifted_arguments import PLANS, RUNTIME_NUMBERS, Launch, Problem, Shape
 from .tile_math import LOG2E, dropout_keep, operand, score_gradients, softmax_numerators
 
 
@@ -437,6 +439,15 @@ def _table_kernel(dbias_ptr, dtable_ptr, heads, WINDOW: tl.constexpr, BLOCK: tl.
         tl.store(pointer, total.to(dtable_ptr.dtype.element_ty))
 
 
+@lru_cache(maxsize=PLANS)
+def _plan(shape: Shape, needs_table: bool, sums_pad: bool, needs_logit: bool) -> tuple[Launch, Launch | None]:
+    """The launch over queries, or over whole windows, and the one over keys."""
+    config, needs = shape.config, {"NEEDS_BIAS": needs_table, "NEEDS_LOGIT": needs_logit}
+    if config.keys is None:
+        return shape.launch(config.queries, **needs, NEEDS_PAD=sums_pad), None
+    return shape.launch(config.queries, **needs), shape.launch(config.keys, NEEDS_PAD=sums_pad)
+
+
 def launch_shifted_backward(
     dout: Tensor, out: Tensor | None, lse: Tensor | None, problem: Problem,
     needs_table: bool, needs_pad: bool, needs_logit: bool,
@@ -453,49 +464,37 @@ def launch_shifted_backward(
         dpad.zero_()
     if not qkv.numel():
         return dqkv, dtable.zero_(), dpad, dlogit.zero_()
-    sums_pad = needs_pad and problem.padding != NO_PADDING.value
-    config = problem.config
-    heads, tokens = problem.num_heads, problem.tokens
-    strips = config.queries.strips(tokens)
-    load, parts = problem.deal(heads * strips, config.queries.programs)
-    numbers, align = problem.numbers(dout)
-    constants = {**problem.constants(), "ALIGN": align}
-    wide = {"dtype": torch.float32, "device": qkv.device}
-    partial_bias = torch.empty(parts, heads, tokens, tokens, **wide) if needs_table else None
-    partial_logit = torch.empty(parts * strips, heads, **wide) if needs_logit else None
-    partial_pad = None
+    shape = problem.shape(dout)
+    sums_pad = needs_pad and shape.padding != NO_PADDING.value
+    first, second = _plan(shape, needs_table, sums_pad, needs_logit)
+    heads, tokens, window, wide = shape.num_heads, shape.tokens, shape.window_size, torch.float32
+    arguments = (*first.numbers, *problem.factors())
+    # One row of sums for each program and head: programs of a part are neighbours, the heads fastest.
+    bias_parts = qkv.new_empty((first.parts, heads, tokens, tokens), dtype=wide) if needs_table else None
+    logit_parts = qkv.new_empty((first.grid[0] // heads, 1, 1, heads), dtype=wide) if needs_logit else None
+    pad_rows = (second or first).grid[0] // heads
+    pad_parts = qkv.new_empty((pad_rows, 1, 1, 2 * shape.channels), dtype=wide) if sums_pad else None
+    pointers = (*problem.pointers(shape), dout)
     with device_of(qkv):
-        if config.keys is None:
-            partial_pad = torch.empty(parts, 2, problem.channels, **wide) if sums_pad else None
-            _shifted_bwd_closed_kernel[(parts * heads,)](
-                *problem.pointers(), dout, dqkv, partial_bias, partial_pad, partial_logit,
-                *numbers, load, *problem.factors(), NEEDS_BIAS=needs_table, NEEDS_PAD=sums_pad,
-                NEEDS_LOGIT=needs_logit, **config.queries.options(problem.tokens), **constants,
-            )  # fmt: skip
+        if second is None:
+            _shifted_bwd_closed_kernel[first.grid](
+                *pointers, dqkv, bias_parts, pad_parts, logit_parts, *arguments, **first.constants
+            )
         else:
             delta = torch.empty_like(lse)
-            _shifted_bwd_queries_kernel[(parts * strips * heads,)](
-                *problem.pointers(), dout, out, lse, delta, dqkv, partial_bias, partial_logit,
-                *numbers, load, *problem.factors(), NEEDS_BIAS=needs_table, NEEDS_LOGIT=needs_logit,
-                **config.queries.options(problem.tokens), **constants,
-            )  # fmt: skip
-            strips = config.keys.strips(tokens)
-            load, parts = problem.deal(heads * strips, config.keys.programs)
-            partial_pad = torch.empty(parts * strips, 2, problem.channels, **wide) if sums_pad else None
-            _shifted_bwd_keys_kernel[(parts * strips * heads,)](
-                *problem.pointers(), dout, lse, delta, dqkv, partial_pad,
-                *numbers, load, *problem.factors(), NEEDS_PAD=sums_pad,
-                **config.keys.options(problem.tokens), **constants,
-            )  # fmt: skip
-        if partial_bias is not None:
-            dense = torch.empty(heads, tokens, tokens, **wide)
-            fold_rows(partial_bias, dense, 0)
-            _table_kernel[(heads, 2 * problem.window_size - 1)](
-                dense, dtable, heads, WINDOW=problem.window_size, BLOCK=triton.next_power_of_2(problem.window_size)
+            _shifted_bwd_queries_kernel[first.grid](
+                *pointers, out, lse, delta, dqkv, bias_parts, logit_parts, *arguments, **first.constants
             )
-    # Sums of rows, as one head's tile of one row.
-    if partial_pad is not None:
-        fold_rows(partial_pad.view(len(partial_pad), 1, 1, -1), dpad[problem.channels :].view(1, 1, -1), 0)
-    if partial_logit is not None:
-        fold_rows(partial_logit.view(len(partial_logit), 1, 1, -1), dlogit.view(1, 1, -1), 0)
+            _shifted_bwd_keys_kernel[second.grid](
+                *pointers, lse, delta, dqkv, pad_parts, *second.numbers, *problem.factors(), **second.constants
+            )
+        if needs_table:
+            dense = fold_partials(bias_parts, wide)
+            _table_kernel[(heads, 2 * window - 1)](
+                dense, dtable, heads, WINDOW=window, BLOCK=triton.next_power_of_2(window)
+            )
+        if sums_pad:
+            fold_rows(pad_parts, dpad[shape.channels :].view(1, 1, -1), 0)
+        if needs_logit:
+            fold_rows(logit_parts, dlogit.view(1, 1, -1), 0)
     return dqkv, dtable, dpad, dlogit

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,8 @@ from .image_addressing import (
     window_scores,
     windows_of_part,
 )
-from .shifted_arguments import RUNTIME_NUMBERS, Problem
+from .shifted_arguments import PLANS, RUNTIME_NUMBERS, Launch, Problem, Shape
+from .shifted_configs import LARGEST_TILE
 from .tile_math import dropout_keep, operand
 
 
@@ -105,21 +108,26 @@ def _shifted_fwd_kernel(
             tl.store(lse_ptr + of_rows, largest + tl.log2(total), mask=rows < TOKENS)
 
 
+@lru_cache(maxsize=PLANS)
+def _plan(shape: Shape) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:
+    """The launch, and the shapes of its output and log-sum-exp, `(0,)` where no backward pass needs that."""
+    batch, height, width, _ = shape.image
+    lse = (shape.windows, shape.num_heads, shape.tokens) if shape.config.keys else (0,)
+    return shape.launch(shape.config.forward), (batch, height, width, shape.channels), lse
+
+
 def launch_shifted_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output `[B, height, width, C]`, and base-2 log-sum-exp `[B*W, H, N]` where the backward pass needs it."""
-    batch, height, width, _ = problem.qkv.shape
-    config = problem.config
-    tile = config.forward
-    out = problem.qkv.new_empty((batch, height, width, problem.channels))
-    lse = problem.qkv.new_empty(problem.lse_shape, dtype=torch.float32)
-    if not out.numel():
-        return out, lse
-    owners = problem.num_heads * tile.strips(problem.tokens)
-    load, parts = problem.deal(owners, tile.programs)
-    numbers, align = problem.numbers()
-    with device_of(out):
-        _shifted_fwd_kernel[(owners * parts,)](
-            *problem.pointers(), out, lse if lse.numel() else None, *numbers, load, *problem.factors(),
-            **problem.constants(), **tile.options(problem.tokens), ALIGN=align,
+    """Output `[B, height, width, C]`, and base-2 log-sum-exp `[B*W, H, N]` (or `[0]`)."""
+    qkv = problem.qkv
+    shape = problem.shape()
+    if not qkv.numel():
+        batch, height, width, _ = shape.image
+        return qkv.new_empty((batch, height, width, shape.channels)), qkv.new_empty((0,), dtype=torch.float32)
+    launch, out_shape, lse_shape = _plan(shape)
+    out, lse = qkv.new_empty(out_shape), qkv.new_empty(lse_shape, dtype=torch.float32)
+    with device_of(qkv):
+        _shifted_fwd_kernel[launch.grid](
+            *problem.pointers(shape), out, lse if shape.tokens > LARGEST_TILE else None,
+            *launch.numbers, *problem.factors(), **launch.constants,
         )  # fmt: skip
     return out, lse
