@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import dropout_numbers, padded_head_dim, stride_alignment
+from .arguments import dot_precision, dropout_numbers, padded_head_dim, stride_alignment
 from .long_configs import Config, Tile, choose_long
 
 # As in `long_tiles`, which is not imported here so that this module needs no Triton.
@@ -102,8 +102,9 @@ class Call:
     @property
     def config(self) -> Config:
         """The tiles of every pass."""
-        geometry = self.geometry
-        return choose_long(self.query.dtype, geometry.head_dim, geometry.images, self.norms is not None)
+        dtype, geometry = self.query.dtype, self.geometry
+        has_cosines = self.norms is not None
+        return choose_long(dtype, dot_precision(dtype), geometry.head_dim, geometry.images, has_cosines)
 
     @property
     def align(self) -> int:
@@ -155,6 +156,7 @@ class Call:
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.columns,
             "COMPANIONS": tile.companions,
+            "PRECISION": dot_precision(self.query.dtype),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }

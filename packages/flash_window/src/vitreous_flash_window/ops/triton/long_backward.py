@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import NORM_EPS as _NORM_EPS
-from .arguments import device_of, dot_precision
+from .arguments import device_of
 from .long_arguments import COUNTS, Call, cut_call, output_strides, rows_contiguous
 from .long_bias import prepare_bias
 from .long_bias_gradient import bias_partials
@@ -391,7 +391,7 @@ def run_backward(
     Returns:
         `delta`, fp32 `[B*W, H, N]`, as the gradient of the bias needs it.
     """
-    config, precision = call.config, dot_precision(dout.dtype)
+    config = call.config
     delta = torch.empty_like(lse)
     out_strides, out_align = output_strides(out)
     dout_strides, dout_align = output_strides(dout)
@@ -403,13 +403,11 @@ def run_backward(
             call.query, call.key, call.value, out, dout, lse, delta, gradients.dquery, gradients.logit_rows,
             *call.pointers, *call.strides, *out_strides, *dout_strides, *dq_strides, *call.numbers, call.scale,
             **call.options(config.dq), OUT_ALIGN=out_align, DOUT_ALIGN=dout_align, DQ_ALIGN=dq_align,
-            PRECISION=precision,
         )  # fmt: skip
         turned = replace(call, bias=turned_bias)
         _long_bwd_dkv_kernel[(call.programs(config.dkv),)](
             call.query, call.key, call.value, dout, lse, delta, gradients.dkey, gradients.dvalue, gradients.padding,
             *turned.pointers, *call.strides, *dout_strides, *dk_strides, *dv_strides, *turned.numbers, call.scale,
             **call.options(config.dkv), DOUT_ALIGN=dout_align, DK_ALIGN=dk_align, DV_ALIGN=dv_align,
-            PRECISION=precision,
         )  # fmt: skip
     return delta

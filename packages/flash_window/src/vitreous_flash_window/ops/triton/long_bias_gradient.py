@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of, dot_precision
+from .arguments import device_of
 from .long_arguments import COUNTS, Call, output_strides
 from .long_tiles import (
     NO_MASK,
@@ -142,6 +142,6 @@ def bias_partials(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tenso
         _long_bwd_bias_kernel[(tiles * parts,)](
             call.query, call.key, call.value, dout, lse, delta, partials, *call.pointers,
             *call.strides, *dout_strides, *call.numbers, parts,
-            **call.options(tile), DOUT_ALIGN=dout_align, PRECISION=dot_precision(dout.dtype),
+            **call.options(tile), DOUT_ALIGN=dout_align,
         )  # fmt: skip
     return partials

@@ -51,16 +51,33 @@ _HALF = (
     (128, Config(Tile(64, 64, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 1), Tile(64, 32, 1, 4, 2))),
     (256, Config(Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 8, 1), Tile(64, 32, 1, 8, 1), Tile(64, 32, 1, 8, 1))),
 )
-_SINGLE = (
+_TF32 = (
+    (32, Config(Tile(64, 64, 1, 4, 2), Tile(64, 64, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 64, 1, 4, 2))),
     (64, Config(Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 2))),
-    (128, Config(Tile(64, 32, 1, 8, 1), Tile(32, 32, 1, 4, 1), Tile(32, 32, 1, 4, 1), Tile(32, 32, 1, 4, 1))),
+    (128, Config(Tile(64, 32, 1, 4, 2), Tile(64, 16, 1, 4, 1), Tile(64, 16, 1, 4, 1), Tile(64, 16, 1, 4, 1))),
     (256, Config(Tile(32, 32, 1, 8, 1), Tile(32, 32, 1, 8, 1), Tile(32, 32, 1, 8, 1), Tile(32, 32, 1, 8, 1))),
+)
+# Products without matrix units hold their operands in registers.
+_IEEE = (
+    (32, Config(Tile(64, 32, 1, 4, 2), Tile(64, 32, 1, 4, 1), Tile(64, 32, 1, 4, 1), Tile(64, 32, 1, 4, 1))),
+    (64, Config(Tile(32, 32, 1, 4, 1), Tile(32, 16, 1, 4, 1), Tile(32, 32, 1, 4, 1), Tile(64, 32, 1, 8, 1))),
+    (128, Config(Tile(32, 16, 1, 4, 1), Tile(32, 16, 1, 4, 1), Tile(32, 16, 1, 4, 1), Tile(32, 16, 1, 4, 1))),
+    (256, Config(Tile(16, 32, 1, 4, 1), Tile(32, 16, 1, 8, 1), Tile(32, 16, 1, 8, 1), Tile(32, 16, 1, 4, 1))),
 )
 
 
-def choose_long(dtype: torch.dtype, head_dim: int, images: int, has_cosines: bool) -> Config:
-    """The tiles of every pass; a pure function of dtype, head dimension, one image or more, and cosines or products."""
-    table = _SINGLE if dtype == torch.float32 else _HALF
+def choose_long(dtype: torch.dtype, precision: str, head_dim: int, images: int, has_cosines: bool) -> Config:
+    """The tiles of every pass; a pure function.
+
+    Args:
+        dtype: of queries, keys and values.
+        precision: `"ieee"` or `"tf32"`, of fp32 products.
+        head_dim: D.
+        images: only whether there is more than one counts.
+        has_cosines: whether scores are cosines.
+    """
+    single = _IEEE if precision == "ieee" else _TF32
+    table = single if dtype == torch.float32 else _HALF
     config = next(entry[1] for entry in table if padded_head_dim(head_dim) <= entry[0])
     if images == 1:
         config = Config(*(tile._replace(companions=1) for tile in config))

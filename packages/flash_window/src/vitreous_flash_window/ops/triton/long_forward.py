@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of, dot_precision
+from .arguments import device_of
 from .long_arguments import COUNTS, Call, cut_call, output_strides
 from .long_bias import prepare_bias
 from .long_tiles import (
@@ -169,5 +169,5 @@ def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:
         _long_fwd_kernel[(call.programs(tile),)](
             call.query, call.key, call.value, out, lse, *call.pointers,
             *call.strides, *out_strides, *call.numbers,
-            **call.options(tile), OUT_ALIGN=out_align, PRECISION=dot_precision(out.dtype),
+            **call.options(tile), OUT_ALIGN=out_align,
         )  # fmt: skip
