@@ -215,13 +215,14 @@ def runs_page() -> str:
             str(run["epochs"]),
             f"{run['seconds']:.0f}",
             str(run["seed"]),
+            run.get("backend") or "–",
             f"{run['devices']} x {run['device']}",
             run["torch"],
             commit(run),
         ]
         for run in recorded_runs()
     ]
-    header = ["paper", "config", "run", "top-1 %", "epochs", "seconds", "seed", "machine", "torch", "commit"]
+    header = ["paper", "config", "run", "top-1 %", "epochs", "seconds", "seed", "backend", "machine", "torch", "commit"]
     body = table(header, rows) if rows else "No run is recorded yet.\n"
     lead = "Trainings *trained here*, each with its resolved config and metrics beside it in docs/results/repro.\n"
     command = '```bash\nnox -s "reproduce(swiftformer)"      # adds rows; nox -s tables renders them\n```\n'

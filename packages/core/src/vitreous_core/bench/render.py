@@ -423,6 +423,7 @@ def line_figure(series: Series, title: str, axis: str, unit: str) -> Figure:
 def roofline_figure(rows: Sequence[Row], title: str) -> Figure:
     """What our rows reach beside what their operations per byte allow: bandwidth on the left, products on the right."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8.5, 5.0), layout="constrained")
     panel = figure.subplots()
@@ -436,20 +437,38 @@ def roofline_figure(rows: Sequence[Row], title: str) -> Figure:
     intensities = [row["flops"] / row["bytes"] for row in rows]
     ends = [min(intensities) / 2, max(intensities) * 2]
     newest = max(rows, key=lambda row: row["time"])
+    roofs: dict[str, float] = {}
     for dtype in dict.fromkeys(row["facts"]["dtype"] for row in rows):
         known = [row for row in rows if dtype in row["matmul_tflop_per_s"]]
         bandwidth, rate = known[-1]["copy_tb_per_s"], known[-1]["matmul_tflop_per_s"][dtype]
         knee = min(max(rate / bandwidth, ends[0]), ends[1])
         corners = [ends[0], knee, ends[1]]
         panel.plot(corners, [min(bandwidth * x, rate) for x in corners], color="black", linewidth=1)
-        panel.annotate(dtype, (ends[1], min(bandwidth * ends[1], rate)), ha="right", va="bottom", fontsize=8)
+        roofs[dtype] = min(bandwidth * ends[1], rate)
+    for height, dtypes in _close_together(roofs):
+        panel.annotate(", ".join(dtypes), (ends[1], height), ha="right", va="bottom", fontsize=8)
     panel.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="TFLOP/s")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
+    panel.margins(y=0.08)
     panel.set_title(f"{title}: copy {newest['copy_tb_per_s']:.2f} TB/s")
     panel.grid(alpha=0.3)
     handles, labels = panel.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _close_together(roofs: Mapping[str, float]) -> list[tuple[float, list[str]]]:
+    """Names of roofs that lie too close for labels of their own, with the height of the highest."""
+    groups: list[tuple[float, list[str]]] = []
+    for name, height in sorted(roofs.items(), key=lambda item: -item[1]):
+        if groups and groups[-1][0] < 1.15 * height:
+            groups[-1][1].append(name)
+        else:
+            groups.append((height, [name]))
+    return groups
 
 
 def roof_figure(rows: Sequence[Row], mark: str) -> Figure:
