@@ -285,16 +285,20 @@ def test_memory_is_inputs_outputs_and_no_scores():
 
 @pytest.mark.gpu
 def test_offsets_beyond_31_bits():
-    """More than 2^31 elements in a batch (defect 10)."""
-    windows = 2**31 // (4 * 64 * 64) + 2
-    draw = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE, "dtype": HALF}
-    last = [torch.randn(1, 4, 64, 64, **draw) for _ in range(4)]
-    q, k, v, g = (torch.cat((t[:, :, :1].expand(windows - 1, 4, 64, 64), t)) for t in last)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    out = window_attention(*leaves, backend="triton")
-    gradients = torch.autograd.grad(out, leaves, g)
-    small = [t.detach().requires_grad_() for t in last[:3]]
-    expected = window_attention(*small, backend="triton")
-    assert torch.equal(out[-1:], expected)
-    for got, want in zip(gradients, torch.autograd.grad(expected, small, last[3]), strict=True):
-        assert torch.equal(got[-1:], want)
+    """More than 2^31 elements between two windows (defect 10), in one buffer of 4 GiB for query, key and value."""
+    heads, tokens, head_dim = 2, 64, 32
+    size = heads * tokens * head_dim
+    buffer = torch.empty(2**31 + 3 * size, device=DEVICE, dtype=HALF)
+    strides = (2**31, tokens * head_dim, head_dim, 1)
+    far = [buffer.as_strided((2, heads, tokens, head_dim), strides, i * size) for i in range(3)]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    near = [torch.randn(t.shape, generator=generator, device=DEVICE, dtype=HALF) for t in far]
+    for there, here in zip(far, near, strict=True):
+        there.copy_(here)
+    results = []
+    for tensors in (far, near):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = window_attention(*leaves, backend="triton")
+        results.append((out, *torch.autograd.grad(out, leaves, near[0])))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)

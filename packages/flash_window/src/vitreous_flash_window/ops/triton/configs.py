@@ -123,6 +123,8 @@ def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
 def _launches(
     dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices, splits: bool
 ) -> list[Tile]:
+    # One or two warps have no registers for the gradients of many channels.
+    splits &= padded_head_dim(head_dim) <= LARGEST_TILE
     return [
         _launch(dtype, precision, tokens, head_dim, row_tensors, choices, *strips) for strips in _strips(tokens, splits)
     ]
