@@ -176,6 +176,23 @@ def test_two_processes_average_their_gradients(version, tmp_path):
     assert relative({name: torch.from_numpy(grad) for name, grad in averaged.items()}, whole) < 1e-12
 
 
+@pytest.mark.interpret
+@each_version
+def test_kernels_are_recomputed(version):
+    """Recomputation gives saved tensors out once. In Triton's interpreter, on one small block."""
+    images, labels = torch.randn(1, 3, 28, 20, generator=torch.Generator().manual_seed(5)), torch.tensor([1])
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        backbone = (FlashSwinTransformer if version == "v1" else FlashSwinTransformerV2)(
+            {**ONE_STAGE, "embed_dims": 16, **({} if version == "v1" else {"extra_norm_every_n_blocks": 0})},
+            window_size=4, drop_path_rate=0.0, with_cp=with_cp, backend="triton",
+        )  # fmt: skip
+        model = Classifier(backbone)
+        results.append(gradients(model, images, labels)[1])
+    assert relative(results[1], {name: grad.double() for name, grad in results[0].items()}) < 1e-6
+
+
 # The same on a GPU, where the blocks run the kernels.
 
 

@@ -174,11 +174,11 @@ class _ShiftedWindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: recomputation (torch.utils.checkpoint) gives them out a single time
         needs = [
-            tensor is not None and needed
-            for tensor, needed in zip(ctx.saved_tensors[3:6], ctx.needs_input_grad[1:4], strict=True)
+            tensor is not None and needed for tensor, needed in zip(saved[3:6], ctx.needs_input_grad[1:4], strict=True)
         ]
-        dqkv, *shared = _shifted_window_attention_backward(dout, *ctx.saved_tensors, *ctx.numbers, *needs)
+        dqkv, *shared = _shifted_window_attention_backward(dout, *saved, *ctx.numbers, *needs)
         shared = [gradient if needed else None for gradient, needed in zip(shared, needs, strict=True)]
         return dqkv, *shared, *[None] * 6
 
