@@ -180,12 +180,13 @@ def test_two_processes_average_their_gradients(version, tmp_path):
 @each_version
 def test_kernels_are_recomputed(version):
     """Recomputation gives saved tensors out once. In Triton's interpreter, on one small block."""
-    images, labels = torch.randn(1, 3, 28, 20, generator=torch.Generator().manual_seed(5)), torch.tensor([1])
+    images, labels = torch.randn(1, 3, 20, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([1])
+    extra = {} if version == "v1" else {"extra_norm_every_n_blocks": 0}
     results = []
     for with_cp in (False, True):
         torch.manual_seed(0)
         backbone = (FlashSwinTransformer if version == "v1" else FlashSwinTransformerV2)(
-            {**ONE_STAGE, "embed_dims": 16, **({} if version == "v1" else {"extra_norm_every_n_blocks": 0})},
+            {"embed_dims": 16, "depths": (1,), "num_heads": (1,), **extra},
             window_size=4, drop_path_rate=0.0, with_cp=with_cp, backend="triton",
         )  # fmt: skip
         model = Classifier(backbone)
