@@ -102,7 +102,7 @@ SMALL = {
     "16-dropout": Problem(16, 16, SINGLE, dropout_p=0.3, strides="strided"),
     "49-low": Problem(49, 32, HALF, images=4, mask_windows=2, bias="low", mask="low"),
     "64-large-scores": Problem(64, 24, HALF, images=2, bias="none", magnitude=8.0, strides="expanded"),
-    "81-chunks": Problem(81, 16, SINGLE, 1, 2, 2, mask="single", dropout_p=0.2),
+    "81-chunks": Problem(81, 16, SINGLE, 1, 1, 2, mask="single", dropout_p=0.2),
     "negative-scale": Problem(9, 16, SINGLE, scale=-0.4),
     "zero-scale": Problem(9, 16, SINGLE, scale=0.0),
     "everything-dropped": Problem(9, 16, SINGLE, dropout_p=1.0),

@@ -53,12 +53,11 @@ def test_opcheck(where, tokens, with_bias, monkeypatch):
     for name, arguments in calls.items():
         operator = getattr(contracts, name)
         arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-        torch.library.opcheck(operator, arguments)
         if name == "_window_attention":
             for tensor in arguments[:4]:
                 if tensor is not None:
                     tensor.requires_grad_()
-            torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator, arguments)
 
 
 COMPILED_FIRST = """
