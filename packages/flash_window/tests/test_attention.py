@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmpretrain.models.peft.lora import LoRALinear
 from mmpretrain.models.utils import ShiftWindowMSA
 from mmpretrain.models.utils.attention import WindowMSA, WindowMSAV2
 from scipy.interpolate import RectBivariateSpline
+from torch import nn
 
 from vitreous_core.testing.golden import golden_cotangent, golden_path, golden_state, state_sha256
 from vitreous_flash_window import FlashShiftWindowMSA, FlashWindowMSA, FlashWindowMSAV2, attention
@@ -128,6 +130,17 @@ def test_dropout_rates_and_scale_are_mmpretrains(draw, fill, monkeypatch):
             module(torch.zeros(1, 16, 8))
             module.forward_image(torch.zeros(1, 4, 4, 8), 0)
     assert given == [0.3, 0.3, 0.0, 0.0] * 2
+
+
+def test_adapters_in_place_of_the_projection(draw, fill):
+    """Such as MMPretrain's LoRA, on a map that is padded."""
+    options = {"embed_dims": 8, "num_heads": 2, "window_size": 7, "shift_size": 3}
+    ours, theirs = both(FlashShiftWindowMSA(**options), ShiftWindowMSA(**options), fill)
+    torch.manual_seed(0)
+    theirs.w_msa.qkv = LoRALinear(theirs.w_msa.qkv, alpha=2, rank=2).double()
+    nn.init.normal_(theirs.w_msa.qkv.lora_up.weight)
+    ours.w_msa.qkv = theirs.w_msa.qkv
+    assert_same(ours, theirs, draw(2, 9 * 10, 8), (9, 10))
 
 
 def test_output_is_merged_and_projected(draw):

@@ -53,8 +53,12 @@ class _WindowAttention(nn.Module, ABC):
         self.proj_drop = nn.Dropout(proj_drop)
 
     @abstractmethod
-    def qkv_bias(self) -> Tensor | None:
-        """Bias `[3 * C]` of the qkv projection: what a zero token becomes."""
+    def project_in(self, x: Tensor) -> Tensor:
+        """`[..., C]` to packed queries, keys and values `[..., 3 * C]`."""
+
+    @abstractmethod
+    def zero_token(self, x: Tensor) -> Tensor | None:
+        """What `project_in` makes of a zero token beside `x`, `[3 * C]`; None for zero."""
 
     @abstractmethod
     def bias_table(self) -> Tensor:
@@ -83,16 +87,15 @@ class _WindowAttention(nn.Module, ABC):
                 f"window_size must be square on a whole image; got {self.window_size}: cut the windows and call the "
                 "module on them"
             )
-        bias = self.qkv_bias()
         is_padded = image.shape[1] % side != 0 or image.shape[2] % side != 0
         out = shifted_window_attention(
-            F.linear(image, self.qkv.weight, bias),
+            self.project_in(image),
             self.bias_table(),
             num_heads=self.num_heads,
             window_size=side,
             shift_size=shift_size,
             # Where nothing is padded its gradient would be a tensor of zeros to add.
-            pad_qkv=bias if is_padded else None,
+            pad_qkv=self.zero_token(image) if is_padded else None,
             dropout_p=self.dropout_p(),
             backend=self.backend,
             **self.score_factor(),
@@ -107,7 +110,7 @@ class _WindowAttention(nn.Module, ABC):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         windows, tokens, _ = x.shape
-        qkv = F.linear(x, self.qkv.weight, self.qkv_bias()).view(windows, tokens, 3, self.num_heads, self.head_dim)
+        qkv = self.project_in(x).view(windows, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         return query, key, value
 
@@ -157,8 +160,13 @@ class FlashWindowMSA(_WindowAttention):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=_INIT_STD)
         self._add_layers(qkv_bias, attn_drop, proj_drop)
 
-    def qkv_bias(self) -> Tensor | None:
-        return self.qkv.bias
+    def project_in(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+    def zero_token(self, x: Tensor) -> Tensor | None:
+        if type(self.qkv) is nn.Linear:
+            return self.qkv.bias
+        return self.qkv(x.new_zeros(self.embed_dims))  # a layer that somebody put in its place, for adapters say
 
     def bias_table(self) -> Tensor:
         return self.relative_position_bias_table
@@ -234,7 +242,10 @@ class FlashWindowMSAV2(_WindowAttention):
         # The qkv layer itself has no bias, or keys would have one.
         self._add_layers(False, attn_drop, proj_drop)
 
-    def qkv_bias(self) -> Tensor | None:
+    def project_in(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qkv.weight, self.zero_token(x))
+
+    def zero_token(self, x: Tensor) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])

@@ -97,7 +97,9 @@ def gelu_linear(hidden: Tensor, activation: nn.GELU, linear: nn.Linear) -> Tenso
 
     The activated tensor is the largest of a block; making it again takes one pass over memory.
     """
-    if not (hidden.is_cuda and torch.is_grad_enabled() and _is_eager()) or _has_hooks(activation) or _has_hooks(linear):
+    # Another kind of layer in its place, such as an adapter, does more than its weight says.
+    is_plain = type(linear) is nn.Linear and not _has_hooks(activation) and not _has_hooks(linear)
+    if not (is_plain and hidden.is_cuda and torch.is_grad_enabled() and _is_eager()):
         return linear(activation(hidden))
     autocast = torch.is_autocast_enabled("cuda") and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cuda") if autocast else hidden.dtype
