@@ -134,6 +134,19 @@ def test_neighbourhoods_by_flex_attention_are_those_of_the_module(side: int, mon
     torch.testing.assert_close(by_flex, module.attend(qkv, (side, side)))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_nat_by_flex_attention_is_nat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # restored afterwards
+    name, backbone = "nat2d-mini_8xb128_in1k", {"order": "row_major", "relative_bias": False}
+    by_flex = bench._nat_by_flex(name, backbone).eval()
+    plain = bench._build_network(name, {"backbone": {**backbone, "backend": "torch"}}).eval()
+    plain.load_state_dict(by_flex.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(by_flex(images), plain(images), rtol=0, atol=1e-4)
+
+
 def test_networks_are_built_by_name_and_only_ours_are_compared() -> None:
     for case in (case for case in CASES if case.mark == "H7"):
         assert case.clock == "wall"

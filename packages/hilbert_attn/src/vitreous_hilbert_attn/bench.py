@@ -98,9 +98,13 @@ def _other(name: str, network: str, compiled: bool) -> Provider:
 def _nat_by_flex(name: str, backbone: Mapping[str, Any]) -> nn.Module:
     """NAT with compiled FlexAttention, written as its users write it: see `vitreous_core.bench.attention.flex`."""
     network = _build_network(name, {"backbone": {**backbone, "backend": "flex"}})
+    masks = flex_masks(7)
     for module in network.modules():
         if isinstance(module, NeighborhoodAttention2d):
-            module.attend = partial(_attend_by_flex, module, flex_masks(module.kernel_size))
+            module.attend = partial(_attend_by_flex, module, masks)
+    # Four maps, with gradients and without, and the gate's few images: more variants than Dynamo allows by default,
+    # beyond which it would run FlexAttention uncompiled.
+    torch._dynamo.config.recompile_limit = 4 * 4
     return network
 
 
@@ -110,8 +114,10 @@ def flex_masks(kernel: int) -> dict[tuple[int, int], BlockMask]:
     for side in (56, 28, 14, 7):
         problem = AttentionProblem(Neighborhood2d(kernel), side, side)
         block = {"query_block": FLEX_BLOCK, "key_block": FLEX_BLOCK}
-        masks[side, side] = problem.pattern.layout(side, side, **block).to(torch.get_default_device()).to_flex()
-        masks[side, side].mask_mod = flex_mask(problem)
+        mask = problem.pattern.layout(side, side, **block).to(torch.get_default_device()).to_flex()
+        mask.mask_mod = flex_mask(problem)
+        assert mask.mask_mod is not None
+        masks[side, side] = mask
     return masks
 
 
@@ -122,10 +128,7 @@ def _attend_by_flex(
     query, key, value = (part.transpose(1, 2) for part in heads)
     # Below 128 queries it would take the kernel made for decoding.
     options = {"FORCE_USE_FLEX_ATTENTION": True}
-    # Queries, keys and values are in the autocast dtype already; compiled under autocast, PyTorch 2.11 fell back to
-    # running its parts in eager mode, and failed.
-    with torch.autocast(qkv.device.type, enabled=False):
-        out = compiled_flex()(query, key, value, block_mask=masks[size], scale=module.scale, kernel_options=options)
+    out = compiled_flex()(query, key, value, block_mask=masks[size], scale=module.scale, kernel_options=options)
     return out.transpose(1, 2).flatten(2)
 
 
