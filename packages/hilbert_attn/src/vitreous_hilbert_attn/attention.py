@@ -187,7 +187,7 @@ class HilbertWindowAttention(CurveAttention):
         map_size: `(height, width)` that the table is made for; needed with `relative_bias`. On a map of another
             size the table is resized, see `resize_bias_table`.
         qkv_bias: whether queries, keys and values have a bias.
-        order_tile: side for `order="window"` (default: the window in use), `(rows, columns)` for `"tile"`.
+        order_tile: side for `order="window"` (default: `window_size`), cut to the map; `(rows, columns)` for `"tile"`.
         backend: see the module's text.
 
     Raises:
