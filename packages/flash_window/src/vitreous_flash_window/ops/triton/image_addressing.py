@@ -176,7 +176,8 @@ def score_factor(logit_ptr, head, scale, COSINE: tl.constexpr):
     if COSINE:
         logit = tl.load(logit_ptr + head).to(tl.float32)
         passes = logit <= MAX_LOGIT_SCALE
-        factor = tl.exp(tl.minimum(logit, MAX_LOGIT_SCALE))
+        # In fp64, for the fast fp32 exponential is off by more than scores of up to 100 can bear.
+        factor = tl.exp(tl.minimum(logit, MAX_LOGIT_SCALE).to(tl.float64)).to(tl.float32)
     return factor, passes
 
 

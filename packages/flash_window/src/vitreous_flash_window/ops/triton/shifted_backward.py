@@ -62,7 +62,11 @@ def through_norms(rows, gradients):
 
 @triton.jit
 def logit_gradients(dscores, scores, addend):
-    """Gradient of the raw logit scale by rows: `dS` times the scores without what was added to them."""
+    """Gradient of the raw logit scale by rows: `dS` times the scores without what was added to them.
+
+    A row of `dS` sums to zero, so its scores may be given relative to any number: one that makes them small where
+    weights are large keeps digits.
+    """
     is_hidden = addend == -float("inf")
     products = tl.where(is_hidden, 0.0, scores) - tl.where(is_hidden, 0.0, addend)
     return tl.sum(dscores * products, 1) / LOG2E
@@ -159,7 +163,7 @@ def _shifted_bwd_closed_kernel(
         if NEEDS_BIAS:
             dbias += dscores
         if NEEDS_LOGIT:
-            dlogit += logit_gradients(dscores, scores, addend)
+            dlogit += logit_gradients(dscores, scores - tl.max(scores, 1)[:, None], addend)
         low = operand(dscores, k, PRECISION)
         dq = tl.dot(low, unit_operand(k, COSINE, PRECISION), input_precision=PRECISION) * factor
         dk = tl.dot(tl.trans(low), unit_operand(q, COSINE, PRECISION), input_precision=PRECISION) * factor
@@ -194,7 +198,7 @@ def _shifted_bwd_closed_kernel(
 @triton.jit(do_not_specialize=RUNTIME_NUMBERS)
 def _shifted_bwd_queries_kernel(
     qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr,
-    dout_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, dbias_ptr, dlogit_ptr,
+    dout_ptr, out_ptr, lse_ptr, delta_ptr, inverse_ptr, dqkv_ptr, dbias_ptr, dlogit_ptr,
     stride_b, stride_y, stride_x, stride_gb, stride_gy, stride_gx, stride_entry, stride_head,
     images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
@@ -206,7 +210,8 @@ def _shifted_bwd_queries_kernel(
     """Gradients of queries, bias and logit scale; leaves `delta = rowsum(P dP)` for the other pass.
 
     `delta` is `rowsum(dout out)` too, which costs less but inherits the rounding of `out`. Cosine scores of up to 100
-    make weights so sharp that `dP - delta` cancels and that rounding shows, so there it is computed from the weights.
+    make weights so sharp that `dP - delta` cancels and that rounding shows; so does the rounding of a log-sum-exp of
+    that size. There `delta` comes from the weights, and the inverse of their sums is left too, to be exact.
 
     Grid: parts of the windows x strips of queries x heads, the last fastest.
     """
@@ -251,7 +256,7 @@ def _shifted_bwd_queries_kernel(
         of_rows = tl.cast(window_head, tl.int64) * TOKENS + rows
         lse = tl.load(lse_ptr + of_rows, mask=rows < TOKENS, other=0.0)
         if COSINE:
-            delta = tl.zeros([ROWS], tl.float32)
+            total, delta = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
             for c in tl.static_range(CHUNKS):
                 k = load_tokens(
                     qkv_image, pad_ptr, channels + channel, columns[c], offs_d, place, stride_y, stride_x,
@@ -266,7 +271,11 @@ def _shifted_bwd_queries_kernel(
                 if DROPOUT:
                     keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
+                total += tl.sum(weights, 1)
                 delta += tl.sum(weights * dweights, 1)
+            inverse = 1.0 / total
+            delta *= inverse
+            tl.store(inverse_ptr + of_rows, inverse, mask=rows < TOKENS)
         else:
             out_image = out_ptr + image.to(tl.int64) * height * width * channels
             stride_ox = channels // ALIGN
@@ -287,17 +296,19 @@ def _shifted_bwd_queries_kernel(
                 qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
                 WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
             )  # fmt: skip
-            shifted_addend = addends[c] - lse[:, None]
-            scores = window_scores(q, k, shifted_addend, factor, COSINE, PRECISION)
+            scores = window_scores(q, k, addends[c] - lse[:, None], factor, COSINE, PRECISION)
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
                 keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
                 dweights = tl.where(keep, dweights * keep_scale, 0.0)
-            dscores = tl.exp2(scores) * (dweights - delta[:, None])
+            weights = tl.exp2(scores)
+            if COSINE:
+                weights *= inverse[:, None]
+            dscores = weights * (dweights - delta[:, None])
             if NEEDS_BIAS:
                 sums = sums + (dbias[c] + dscores,)
             if NEEDS_LOGIT:
-                dlogit += logit_gradients(dscores, scores, shifted_addend)
+                dlogit += logit_gradients(dscores, scores, addends[c])
             low = operand(dscores, k, PRECISION)
             dq = tl.dot(low, unit_operand(k, COSINE, PRECISION), dq, input_precision=PRECISION)
         if NEEDS_BIAS:
@@ -321,7 +332,7 @@ def _shifted_bwd_queries_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_NUMBERS)
 def _shifted_bwd_keys_kernel(
-    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, dpad_ptr,
+    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr, inverse_ptr, dqkv_ptr, dpad_ptr,
     stride_b, stride_y, stride_x, stride_gb, stride_gy, stride_gx, stride_entry, stride_head,
     images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
@@ -384,6 +395,9 @@ def _shifted_bwd_keys_kernel(
             lse = tl.load(lse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=float("inf"))
             delta = tl.load(delta_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
             weights = tl.exp2(window_scores(k, q, addends[c] - lse[None, :], factor, COSINE, PRECISION))
+            if COSINE:
+                inverse = tl.load(inverse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
+                weights *= inverse[None, :]
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = weights
             if DROPOUT:
@@ -482,11 +496,12 @@ def launch_shifted_backward(
             )
         else:
             delta = torch.empty_like(lse)
+            inverse = torch.empty_like(lse) if shape.has_logit_scale else None
             _shifted_bwd_queries_kernel[first.grid](
-                *pointers, out, lse, delta, dqkv, bias_parts, logit_parts, *arguments, **first.constants
+                *pointers, out, lse, delta, inverse, dqkv, bias_parts, logit_parts, *arguments, **first.constants
             )
             _shifted_bwd_keys_kernel[second.grid](
-                *pointers, lse, delta, dqkv, pad_parts, *second.numbers, *problem.factors(), **second.constants
+                *pointers, lse, delta, inverse, dqkv, pad_parts, *second.numbers, *problem.factors(), **second.constants
             )
         if needs_table:
             dense = fold_partials(bias_parts, wide)
