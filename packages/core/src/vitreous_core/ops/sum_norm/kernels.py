@@ -14,8 +14,9 @@ from torch import Tensor
 _ELEMENTS = 4096
 """Of a tile in the forward; the backward, which holds three tensors of it, has half."""
 
-_PROGRAMS_PER_MULTIPROCESSOR = 12
-"""In the backward, whose programs walk over rows and each leave one partial sum of the parameters' gradients."""
+_MOST_PROGRAMS, _MOST_PARTIAL_CHANNELS = 12, 8192
+"""Per multiprocessor in the backward, whose programs walk over rows and each leave one partial sum of the parameters'
+gradients: programs, and channels of all of them together, which bounds the workspace."""
 
 
 @triton.jit
@@ -119,7 +120,8 @@ def launch_backward(
     if not rows:
         return dshortcut, dbranch, torch.zeros_like(weight), torch.zeros_like(bias)
     block_r = max(_ELEMENTS // 2 // block, 1)
-    programs = min(triton.cdiv(rows, block_r), _multiprocessors(tokens) * _PROGRAMS_PER_MULTIPROCESSOR)
+    per_multiprocessor = max(1, min(_MOST_PROGRAMS, _MOST_PARTIAL_CHANNELS // block))
+    programs = min(triton.cdiv(rows, block_r), _multiprocessors(tokens) * per_multiprocessor)
     partial = torch.empty(programs, 2, block, dtype=torch.float32, device=tokens.device)
     with _device_of(tokens):
         _sum_norm_bwd_kernel[(programs,)](
