@@ -36,7 +36,7 @@ class Cut:
     bias: torch.dtype | None = SINGLE
     mask: Literal["none", "flags", "numbers"] = "none"
     mask_windows: int = 1
-    packed: bool = False
+    strides: Literal["contiguous", "packed", "columns"] = "contiguous"
     dropout_p: float = 0.0
     scale: float | None = None
 
@@ -44,8 +44,10 @@ class Cut:
         draw = drawer()
         shape = (3, self.units, self.heads, self.tokens, self.head_dim)
         qkv = draw(*shape).to(self.dtype)
-        if self.packed:
+        if self.strides == "packed":
             qkv = qkv.permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)
+        elif self.strides == "columns":
+            qkv = qkv.mT.contiguous().mT
         made = dict(zip(("query", "key", "value"), qkv, strict=True))
         made["cotangent"] = draw(*shape[1:]).to(self.dtype)
         if self.bias is not None:
@@ -136,8 +138,8 @@ def check(problem: Cut | Image, factor: float | None = None, precision: torch.dt
 
 # Every feature with both fronts somewhere: pairs, not the product.
 SMALL = {
-    "cut-40-D256-mask": Cut(3, 1, 40, 256, SINGLE, mask="numbers", packed=True),
-    "cut-40-D256-no-bias": Cut(2, 1, 40, 256, SINGLE, None, scale=-0.1),
+    "cut-40-D256-mask": Cut(3, 1, 40, 256, SINGLE, mask="numbers", strides="packed"),
+    "cut-40-D256-no-bias": Cut(2, 1, 40, 256, SINGLE, None, strides="columns", scale=-0.1),
     "cut-289-flags-dropout-half": Cut(2, 1, 289, 24, HALF, HALF, "flags", 2, dropout_p=0.3),
     "image-17-cosine-half": Image(1, 30, 16, 1, 8, 17, 5, HALF, pad=True, cosine=True),
     "image-6-D256-padded-shifted": Image(2, 6, 10, 1, 256, 6, 2, SINGLE, pad=True),
@@ -145,13 +147,13 @@ SMALL = {
 }
 
 LARGE = {
-    "cut-289-D32-half": Cut(6, 2, 289, 32, HALF, SINGLE, "flags", 3, packed=True, dropout_p=0.2),
+    "cut-289-D32-half": Cut(6, 2, 289, 32, HALF, SINGLE, "flags", 3, strides="packed", dropout_p=0.2),
     "cut-400-D24-brain": Cut(4, 2, 400, 24, BRAIN, None, "numbers", 2),
-    "cut-576-D32-half": Cut(5, 3, 576, 32, HALF, HALF, packed=True),
+    "cut-576-D32-half": Cut(5, 3, 576, 32, HALF, HALF, strides="packed"),
     "cut-576-D96-half": Cut(2, 2, 576, 96, HALF),
     "cut-1024-D64-brain": Cut(3, 2, 1024, 64, BRAIN),
     "cut-1024-D128-no-bias": Cut(2, 1, 1024, 128, HALF, None),
-    "cut-300-D256-half": Cut(2, 1, 300, 256, HALF, packed=True),
+    "cut-300-D256-half": Cut(2, 1, 300, 256, HALF, strides="packed"),
     "cut-324-D32-single": Cut(3, 2, 324, 32, SINGLE, mask="numbers"),
     "cut-100-D256-single": Cut(3, 2, 100, 256, SINGLE),
     "cut-289-D4-single": Cut(5, 2, 289, 4, SINGLE),

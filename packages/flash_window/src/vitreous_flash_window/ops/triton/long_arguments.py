@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,14 +100,14 @@ class Call:
     scale: float
     dropout_p: float
 
-    @property
+    @cached_property
     def config(self) -> Config:
         """The tiles of every pass."""
         dtype, geometry = self.query.dtype, self.geometry
         has_cosines = self.norms is not None
         return choose_long(dtype, dot_precision(dtype), geometry.head_dim, geometry.images, has_cosines)
 
-    @property
+    @cached_property
     def align(self) -> int:
         """What divides all strides of query, key and value, and their place against the padding token."""
         strides = [stride for tensor in (self.query, self.key, self.value) for stride in _strides(tensor)]
@@ -116,7 +117,7 @@ class Call:
             strides.append(self.pad.data_ptr() // self.pad.element_size())
         return stride_alignment(*strides)
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         """Strides of query, key and value over `align`: unit or image, head, token or row, 0 or column."""
         return tuple(s // self.align for tensor in (self.query, self.key, self.value) for s in _strides(tensor))
@@ -183,7 +184,18 @@ def cut_call(
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor, copied only where its last stride is not 1."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def writable(tensor: Tensor) -> Tensor:
+    """Where kernels write instead of `tensor`: itself, or a new tensor where its last stride is not 1."""
+    return tensor if tensor.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def deliver(written: Tensor, tensor: Tensor) -> None:
+    """Bring what was written in place of `tensor` there."""
+    if written is not tensor:
+        tensor.copy_(written)
 
 
 def output_strides(tensor: Tensor) -> tuple[tuple[int, ...], int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..reference import NORM_EPS as _NORM_EPS
 from .arguments import device_of
-from .long_arguments import COUNTS, Call, cut_call, output_strides, rows_contiguous
+from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, rows_contiguous, writable
 from .long_bias import prepare_bias
 from .long_bias_gradient import bias_partials
 from .long_tiles import (
@@ -366,21 +366,24 @@ def launch_long_backward(
     mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of cut windows; see `contracts.window_attention_backward`."""
-    gradients = Gradients(torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    wanted = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
     dbias = query.new_empty(0)
     if not query.numel():
         if needs_bias:
             dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-        return *gradients[:3], dbias
+        return *wanted, dbias
     prepared = None if bias is None else prepare_bias(bias, turned=False)
     call = cut_call(query, key, value, prepared, mask, seed, scale, dropout_p)
     dout = rows_contiguous(dout)
     turned_bias = None if bias is None else prepare_bias(bias, turned=True)
-    delta = run_backward(call, turned_bias, dout, out, lse, gradients)
+    written = Gradients(*(writable(tensor) for tensor in wanted))
+    delta = run_backward(call, turned_bias, dout, rows_contiguous(out), lse, written)
+    for source, target in zip(written[:3], wanted, strict=True):
+        deliver(source, target)
     if needs_bias:
         # A sum over the first of several dimensions: in order, without atomics.
         dbias = bias_partials(call, dout, lse, delta).sum(0).to(bias.dtype)
-    return *gradients[:3], dbias
+    return *wanted, dbias
 
 
 def run_backward(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import device_of
-from .long_arguments import COUNTS, Call, cut_call, output_strides
+from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, writable
 from .long_bias import prepare_bias
 from .long_tiles import (
     NO_MASK,
@@ -157,7 +157,9 @@ def launch_long_forward(
     if query.numel():
         bias = None if bias is None else prepare_bias(bias, turned=False)
         call = cut_call(query, key, value, bias, mask, seed, scale, dropout_p)
-        run_forward(call, out, lse)
+        written = writable(out)
+        run_forward(call, written, lse)
+        deliver(written, out)
     return out, lse
 
 

@@ -19,7 +19,7 @@ from .tile_math import LOG2E, in_base_2
 # Kinds of masks: none; numbers to add; bytes, zero hides; the regions of a shifted image.
 NO_MASK, NUMBERS, FLAGS, REGIONS = (tl.constexpr(kind) for kind in (0, 1, 2, 3))
 
-PENALTY = tl.constexpr(_REGION_PENALTY * 1.4426950408889634)
+PENALTY = tl.constexpr(_REGION_PENALTY * LOG2E.value)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import MAX_LOGIT_SCALE
 from .arguments import device_of
-from .long_arguments import Geometry
+from .long_arguments import Geometry, rows_contiguous
 from .long_backward import Gradients, run_backward
 from .long_bias import spread_table
 from .long_bias_gradient import bias_partials
@@ -81,8 +81,7 @@ def launch_shifted_long_backward(
         torch.empty(geometry.units * strips, 2, heads, head_dim, **small) if geometry.has_padding else None,
     )
     turned_bias = None if bias_table is None else spread_table(bias_table, geometry.side, turned=True)
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    dout, out = dout.unflatten(-1, (heads, head_dim)), out.unflatten(-1, (heads, head_dim))
+    dout, out = rows_contiguous(dout).unflatten(-1, (heads, head_dim)), out.unflatten(-1, (heads, head_dim))
     delta = run_backward(call, turned_bias, dout, out, lse, gradients)
     dtable = dpad = dlogit = qkv.new_empty(0)
     if needs_table:

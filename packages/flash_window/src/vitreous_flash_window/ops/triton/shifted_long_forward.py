@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import NORM_EPS as _NORM_EPS
 from ..reference import logit_factor
 from .arguments import device_of, padded_head_dim
-from .long_arguments import COUNTS, NO_MASK, REGIONS, Call, Geometry
+from .long_arguments import COUNTS, NO_MASK, REGIONS, Call, Geometry, rows_contiguous
 from .long_bias import spread_table
 from .long_forward import run_forward
 from .long_tiles import load_input, pad_distance, place_tokens
@@ -91,7 +91,7 @@ def image_call(
     seed: Tensor | None, scale: float, dropout_p: float,
 ) -> Call:  # fmt: skip
     """A call on the packed image: views of queries, keys and values, the table spread out, the norms."""
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    qkv = rows_contiguous(qkv)
     query, key, value = qkv.unflatten(-1, (3, geometry.heads, geometry.head_dim)).unbind(3)
     pad = None
     if geometry.has_padding:
