@@ -120,6 +120,12 @@ def test_autocast_decides_the_dtype_of_the_norm_alone() -> None:
         assert norm.double()(torch.randn(2, 12).double())[1].dtype == torch.float64
 
 
+def test_shapes_alone_are_enough() -> None:
+    shortcut, weight = torch.empty(2, 3, 8, device="meta"), torch.empty(8, device="meta")
+    tokens, normed = sum_norm(shortcut, shortcut, weight, weight)
+    assert tokens.shape == normed.shape == shortcut.shape
+
+
 def test_bad_input_is_named() -> None:
     x, w = torch.randn(2, 3, 8), torch.ones(8)
     with pytest.raises(ValueError, match=r"weight and bias must have shape \(8,\)"):

@@ -117,8 +117,8 @@ class SumNorm(nn.LayerNorm):
 
 def _default_dtype(shortcut: Tensor) -> torch.dtype:
     kind = shortcut.device.type
-    # As PyTorch's own rules have it, fp64 stays.
-    if torch.is_autocast_enabled(kind) and shortcut.dtype != torch.float64:
+    # As PyTorch's own rules have it, fp64 stays. Devices without autocast, such as "meta", do not say whether it is on.
+    if shortcut.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return shortcut.dtype
 
