@@ -173,7 +173,7 @@ class Problem(NamedTuple):
 
 def with_contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where channels are not next to each other in memory."""
-    # Strides of odd numbers would make 32-bit offsets count single elements; a copy never does.
+    # 32-bit offsets count in units of the strides' common factor, which must not be small.
     if tensor.stride(3) == 1 and all(stride % 4 == 0 for stride in tensor.stride()[:3]):
         return tensor
-    return tensor.contiguous() if tensor.stride(3) != 1 else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -26,7 +26,6 @@ class Tile(NamedTuple):
         chunk: columns are visited in chunks of this many.
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
-        registers: most that a thread may use; None leaves it to the compiler.
     """
 
     rows: int
@@ -34,19 +33,18 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
-    registers: int | None = None
 
     def strips(self, tokens: int) -> int:
         """Programs that share a window."""
         return -(-tokens // self.rows)
 
-    def options(self, tokens: int) -> dict[str, int | None]:
+    def options(self, tokens: int) -> dict[str, int]:
         """As keyword arguments of a launch. The last chunk is as narrow as it can be: 144 = 64 + 64 + 16."""
         chunks = -(-tokens // self.chunk)
         return {
             "ROWS": self.rows, "CHUNKS": chunks, "CHUNK": self.chunk, "STAGES": self.stages,
             "LAST": _power(tokens - self.chunk * (chunks - 1)),
-            "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers,
+            "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
 
@@ -108,7 +106,7 @@ def deal(zones: tuple[int, ...], owners: int, programs: int, device: torch.devic
     most = max(multiprocessors * programs // owners, sum(size > 0 for size in zones))
     load = -(-sum(zones) // most)
     while sum(-(-size // load) for size in zones) > most:
-        load += 1
+        load += load // 256 + 1
     return load, sum(-(-size // load) for size in zones)
 
 
