@@ -12,7 +12,7 @@ from torch import nn
 
 from vitreous_core.testing.golden import golden_cotangent, golden_input, golden_path
 from vitreous_efficientvit import EfficientViTMSRA, EfficientViTMSRAHead, FinerMaps
-from vitreous_efficientvit.convert import to_official
+from vitreous_efficientvit.convert import to_official, to_timm
 
 TESTS = Path(__file__).parent
 
@@ -124,23 +124,8 @@ class TestSizes:
 
 def timm_model(arch, img_size, model):
     timm = pytest.importorskip("timm", reason="timm is not installed: the comparison with its EfficientViT did not run")
-    renamed = {}
-    for key, value in to_official(model.state_dict()).items():
-        parts = key.split(".")
-        if parts[0] == "patch_embed":
-            parts[1] = f"conv{int(parts[1]) // 2 + 1}"
-        elif parts[0].startswith("blocks"):
-            stage, child = int(parts[0][-1]), int(parts[1])
-            if stage > 1 and child < 3:
-                place = ["downsample", ("res1", "patchmerge", "res2")[child]]
-            else:
-                place = ["blocks", str(child - 3 if stage > 1 else child)]
-            parts = ["stages", str(stage - 1), *place, *parts[2:]]
-        parts = ["conv" if part == "c" else "linear" if part == "l" else part for part in parts]
-        if parts[-1] != "attention_bias_idxs":
-            renamed[".".join(parts)] = value
     other = timm.create_model(f"efficientvit_{arch}", img_size=img_size)
-    other.load_state_dict(renamed)
+    other.load_state_dict(to_timm(model.state_dict()))
     return other.eval()
 
 

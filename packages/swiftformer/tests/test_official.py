@@ -24,7 +24,7 @@ from vitreous_core.testing.golden import (
     state_sha256,
 )
 from vitreous_swiftformer import EfficientAdditiveAttention, SwiftFormer, SwiftFormerHead
-from vitreous_swiftformer.convert import from_official, to_official
+from vitreous_swiftformer.convert import from_official, to_official, to_timm
 
 TESTS = Path(__file__).parent
 STAGES = {
@@ -211,24 +211,8 @@ def test_first_released_attention_is_another_model(xs: nn.Sequential, monkeypatc
 def test_agrees_with_timm(xs: nn.Sequential) -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed: no second opinion on any input size")
     other = timm.create_model("swiftformer_xs").eval()
-    renamed = {timm_name(name): tensor for name, tensor in to_official(xs.state_dict()).items()}
-    assert renamed.keys() == other.state_dict().keys()
-    other.load_state_dict({name: tensor.reshape(other.state_dict()[name].shape) for name, tensor in renamed.items()})
+    other.load_state_dict(to_timm(xs.state_dict()))
     for height, width in ((224, 224), (96, 160), (65, 33), (5, 7)):
         images = golden_input(2, height, width)
         # Measured: 2e-6, for logits of size 3.
         assert (xs(images) - other(images)).abs().max() < 2e-5
-
-
-def timm_name(official: str) -> str:
-    parts = official.split(".")
-    if parts[0] == "patch_embed":
-        parts[0] = "stem"
-    elif parts[0] == "dist_head":
-        parts[0] = "head_dist"
-    elif parts[0] == "network":
-        stage, between = divmod(int(parts[1]) + 1, 2)
-        parts[:2] = ["stages", str(stage), *(["blocks"] if between else ["downsample"])]
-    if parts[-1].startswith("layer_scale"):
-        parts.append("gamma")
-    return ".".join(parts).replace(".Proj.", ".proj.")

@@ -1,4 +1,4 @@
-"""Checkpoints between the official layout (microsoft/Cream, EfficientViT classification) and ours.
+"""Checkpoints between the official layout (microsoft/Cream, EfficientViT classification), timm's and ours.
 
 Ours is the official layout under `backbone.` and `head.`; the index buffers of the bias tables, which are a
 function of the window side, are not stored.
@@ -18,6 +18,8 @@ from .attention import bias_index
 
 # Official head modules and their names in `EfficientViTMSRAHead`.
 _HEADS = {"head.": "head.classifier.", "head_dist.": "head.distillation_classifier."}
+# What timm calls the first three children of the second and third stage.
+_BETWEEN = ("res1", "patchmerge", "res2")
 _TABLE = "attention_biases"
 _INDEX = "attention_bias_idxs"
 
@@ -59,6 +61,26 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if official.endswith(f".{_TABLE}"):
             converted[_sibling(official, _INDEX)] = _index_of(official, tensor)
     return converted
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of timm's `efficientvit_m0` to `efficientvit_m5` from that of our classifier with one head."""
+    official = to_official(state)
+    return {_timm_name(name): tensor for name, tensor in official.items() if not name.endswith(f".{_INDEX}")}
+
+
+def _timm_name(official: str) -> str:
+    parts = official.split(".")
+    if parts[0] == "patch_embed":
+        parts[1] = f"conv{int(parts[1]) // 2 + 1}"
+    elif parts[0].startswith("blocks"):
+        stage, child = int(parts[0].removeprefix("blocks")), int(parts[1])
+        if stage > 1 and child < len(_BETWEEN):
+            place = ["downsample", _BETWEEN[child]]
+        else:
+            place = ["blocks", str(child - len(_BETWEEN) if stage > 1 else child)]
+        parts[:2] = ["stages", str(stage - 1), *place]
+    return ".".join({"c": "conv", "l": "linear"}.get(part, part) for part in parts)
 
 
 def _our_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints between the official layout (Amshaker/SwiftFormer) and ours.
+"""Checkpoints between the official layout (Amshaker/SwiftFormer), timm's and ours.
 
 Released files hold the state dict under `model`. Ours is the same under `backbone.` and `head.`, so both ways
 only rename. Dense-prediction checkpoints (`norm0` to `norm6`, no head) convert as well.
@@ -45,3 +45,22 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise StateMismatch(f"keys must start with 'backbone.' or 'head.'; got {name!r}")
         converted[official] = tensor
     return converted
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of timm's `swiftformer_xs` to `swiftformer_l3` from that of our classifier with two heads."""
+    return {_timm_name(name): tensor for name, tensor in to_official(state).items()}
+
+
+def _timm_name(official: str) -> str:
+    parts = official.split(".")
+    if parts[0] == "patch_embed":
+        parts[0] = "stem"
+    elif parts[0] == "dist_head":
+        parts[0] = "head_dist"
+    elif parts[0] == "network":
+        stage, is_stage = divmod(int(parts[1]) + 1, 2)
+        parts[:2] = ["stages", str(stage), "blocks" if is_stage else "downsample"]
+    if parts[-1].startswith("layer_scale"):
+        parts.append("gamma")
+    return ".".join(parts).replace(".Proj.", ".proj.")

@@ -114,7 +114,7 @@ def _prepare(
     with device:
         module = build()
     if problem.reference is not None:
-        adopt(module, _reference(problem, device).state_dict())
+        adopt(module, reference_of(problem, device).state_dict())
     module, images = _place(problem, module, draw(problem, device))
     if settings["channels_last"]:
         module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
@@ -187,7 +187,7 @@ def _gate(
     as dropped paths cannot be compared, and not through `torch.compile`, which would compile for that mode too; the
     compiled scores are compared as they are.
     """
-    truth, limits = _truth(problem, images.device)
+    truth, limits = truth_of(problem, images.device)
     got = {}
     if INFER in modes:
         got["scores"] = infer()[:_CHECKED]
@@ -211,7 +211,8 @@ def _step_of(problem: ModelProblem, module: nn.Module, images: Tensor, labels: T
 
 
 @lru_cache(1)
-def _reference(problem: ModelProblem, device: torch.device) -> nn.Module:
+def reference_of(problem: ModelProblem, device: torch.device) -> nn.Module:
+    """The network whose weights every provider takes."""
     assert problem.reference is not None
     torch.manual_seed(0)
     with device:
@@ -223,10 +224,11 @@ def _reference(problem: ModelProblem, device: torch.device) -> nn.Module:
 
 
 @lru_cache(1)
-def _truth(problem: ModelProblem, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
+def truth_of(problem: ModelProblem, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The reference's results in float64, and twice its own error in the problem's precision."""
-    images, labels = draw(problem, device)[:_CHECKED], torch.arange(_CHECKED, device=device) % _CLASSES
-    module = _reference(problem, device)
+    images = draw(problem, device)[:_CHECKED]
+    labels = torch.arange(len(images), device=device) % _CLASSES
+    module = reference_of(problem, device)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     low = _step_of(problem, *_place(problem, module, images), labels)
     exact = ModelProblem(problem.network, dtype="float64", autocast=False)

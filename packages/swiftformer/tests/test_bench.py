@@ -1,0 +1,40 @@
+"""The benchmark's cases are whole, and its providers compute the same network."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from vitreous_core.bench.models import INFER
+from vitreous_swiftformer import bench
+
+
+def test_cases() -> None:
+    cases = bench.cases()
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names) > 0
+    for case in cases:
+        assert case.name.startswith(f"{case.mark}/")
+        providers = {provider.name for provider in case.providers}
+        assert case.ours in providers
+        assert {goal.over for goal in case.goals} <= providers
+
+
+@pytest.mark.parametrize("name", ["deploy", "eager", "timm"])
+def test_providers_agree(name: str) -> None:
+    if name == "timm":
+        pytest.importorskip("timm", reason="timm is not installed: nothing of it is compared")
+    case = next(case for case in bench.cases() if case.name == "S1/cpu-xs")
+    (provider,) = (provider for provider in case.providers if provider.name == name)
+    prepared = provider.prepare(case.problem, torch.device("cpu"))
+    assert prepared.gate is not None
+    gate = prepared.gate([INFER])
+    assert gate.passed, gate
+
+
+def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(bench.Unavailable, match="timm is not installed"):
+        bench.timm_classifier("xs")
