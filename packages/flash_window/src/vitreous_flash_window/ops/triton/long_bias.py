@@ -27,6 +27,16 @@ _LOWEST = tl.constexpr(-2.3e38)
 
 
 @triton.jit
+def _as_read(bias):
+    """Fp32 in base 2; half precision as it is, but for what times log2 e would be infinite."""
+    if bias.dtype == tl.float32:
+        bias = in_base_2(bias)
+    elif bias.dtype == tl.bfloat16:
+        bias = tl.where(bias == -float("inf"), bias, tl.maximum(bias.to(tl.float32), _LOWEST).to(tl.bfloat16))
+    return bias
+
+
+@triton.jit
 def _prepare_bias_kernel(
     bias_ptr, out_ptr, stride_h, stride_q, stride_k, tokens, row_length, TURNED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -39,10 +49,7 @@ def _prepare_bias_kernel(
     is_pair = (query < tokens)[:, None] & (key < tokens)[None, :]
     # Read along its rows, whichever way it is written.
     bias = tl.load(bias_ptr + head * stride_h + place, mask=is_pair, other=-float("inf"))
-    if out_ptr.dtype.element_ty == tl.float32:
-        bias = in_base_2(bias)
-    elif out_ptr.dtype.element_ty == tl.bfloat16:
-        bias = tl.where(bias == -float("inf"), bias, tl.maximum(bias, _LOWEST)).to(tl.bfloat16)
+    bias = _as_read(bias)
     if TURNED:
         bias = tl.trans(bias)
     place = (head * tokens + row)[:, None] * row_length + column[None, :]
@@ -64,7 +71,7 @@ def _spread_table_kernel(
     is_pair = (row < TOKENS) & (column < TOKENS)
     bias = tl.load(table_ptr + (y * (2 * SIDE - 1) + x) * heads + head, mask=is_pair, other=-float("inf"))
     place = (head.to(tl.int64) * TOKENS + row) * row_length + column
-    tl.store(out_ptr + place, in_base_2(bias), mask=(row < TOKENS) & (column < row_length))
+    tl.store(out_ptr + place, _as_read(bias), mask=(row < TOKENS) & (column < row_length))
 
 
 def prepare_bias(bias: Tensor, turned: bool) -> Tensor:
@@ -82,7 +89,7 @@ def spread_table(table: Tensor, side: int, turned: bool) -> Tensor:
     """A table `[(2w - 1)^2, H]` of windows of side w as kernels read the bias, or transposed."""
     heads = table.shape[1]
     table = table.contiguous()
-    out, grid = _allocate(heads, side**2, torch.float32, table.device)
+    out, grid = _allocate(heads, side**2, table.dtype, table.device)
     with device_of(table):
         _spread_table_kernel[grid](table, out, heads, out.shape[2], SIDE=side, TURNED=turned, BLOCK=_BLOCK, num_warps=4)
     return out
