@@ -95,7 +95,7 @@ def apply_norm(norm: nn.Module, x: Tensor, to_linear: bool = False) -> Tensor:
 def gelu_linear(hidden: Tensor, activation: nn.GELU, linear: nn.Linear) -> Tensor:
     """`linear(activation(hidden))` that keeps `hidden` alone for the backward, and activates it again there.
 
-    The activated tensor is the largest of a block; making it again takes one pass over memory.
+    Both are the largest tensors of a block; making the activated one again takes one pass over memory.
     """
     # Another kind of layer in its place, such as an adapter, does more than its weight says.
     is_plain = type(linear) is nn.Linear and not _has_hooks(activation) and not _has_hooks(linear)
