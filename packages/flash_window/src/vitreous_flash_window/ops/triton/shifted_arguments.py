@@ -87,7 +87,7 @@ class Shape(NamedTuple):
     @property
     def config(self) -> Config:
         """See `shifted_configs.choose`."""
-        return choose(self.tokens, self.head_dim, self.dtype, self.precision)
+        return choose(self.tokens, self.head_dim, self.dtype, self.precision, self.has_logit_scale)
 
     def launch(self, tile: Tile, **more: bool) -> Launch:
         """How a kernel with this tile is launched; `more` are further constants."""

@@ -70,7 +70,7 @@ _SHARED_MEMORY = 227 * 1024
 
 
 @lru_cache
-def choose(tokens: int, head_dim: int, dtype: torch.dtype, precision: str) -> Config:
+def choose(tokens: int, head_dim: int, dtype: torch.dtype, precision: str, cosine: bool) -> Config:
     """The tiles of every pass; a pure function of the shape class."""
     rows = min(_power(tokens), LARGEST_TILE)
     # Products in full fp32 are no matrix instructions: more threads share their registers.
@@ -89,7 +89,9 @@ def choose(tokens: int, head_dim: int, dtype: torch.dtype, precision: str) -> Co
 
     if tokens <= LARGEST_TILE:
         return Config(tile(1, 2, *_FORWARD, rows), tile(2, 2, *_BACKWARD, rows), None)
-    return Config(tile(1, 2, *_FORWARD_CHUNKS), tile(3, 2, *_QUERIES_CHUNKS), tile(2, 2, *_KEYS_CHUNKS))
+    # Cosine attention walks over keys and values twice, and does not load the output.
+    queries = tile(2, 4, *_QUERIES_CHUNKS) if cosine else tile(3, 2, *_QUERIES_CHUNKS)
+    return Config(tile(1, 2, *_FORWARD_CHUNKS), queries, tile(2, 2, *_KEYS_CHUNKS))
 
 
 @lru_cache(maxsize=1024)
