@@ -109,9 +109,9 @@ def export_model(
             runners.append(Runner("PyTorch, deploy mode", *figures))
         with quiet(), _finished_file(path) as partial:
             program = capture(deployed, images[:2] if batch is None else images, dynamic=batch is None)
-            facts = {**(about or {}), "input": f"{_INPUT}, {size[0]} x {size[1]}"}
+            stored = {**(about or {}), "input": f"{_INPUT}, {size[0]} x {size[1]}"}
             with _refusals(f"--format {kind.name} cannot take this model"):
-                kind.write(program, partial, facts)
+                kind.write(program, partial, stored)
             facts = dict(kind.inspect(partial))
             if kind.open is None:
                 facts["parity"] = f"not run here: {kind.runtime} is on Apple devices only. Its program was inspected"
