@@ -1,7 +1,7 @@
 """Where the tokens of a window lie in the image: cyclic shift, partition and padding as index arithmetic.
 
-A window of side w has N = w * w tokens, row-major. Offsets into an image count in units of `ALIGN` elements: 32 bits
-then reach beyond any GPU's memory, and Triton, which knows of an integer argument only whether 16 divides it, sees
+A window of side w has N = w * w tokens, row-major. Offsets into one image count in units of `ALIGN` elements: 32 bits
+then reach 2^33 elements and more, and Triton, which knows of an integer argument only whether 16 divides it, sees
 that rows can be moved 16 bytes at a time.
 
 The wrap of the cyclic shift crosses only the last row and the last column of windows. So windows come in zones: 0, no
