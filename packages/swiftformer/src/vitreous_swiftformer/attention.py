@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from vitreous_core.fold import exact
 
-EPS = 1e-12
+from .ops import Backend, additive_attention, additive_attention_packed
+from .ops.backends import check_backend, resolve
+from .ops.reference import unit_length
 
 
 class EfficientAdditiveAttention(nn.Module):
@@ -28,16 +30,23 @@ class EfficientAdditiveAttention(nn.Module):
 
     Args:
         dim: channels `D` of a token; there is one head.
+        backend: what computes the part between the linear maps: `"torch"`, `"triton"`, or `"auto"`, which chooses (see
+            `ops.choose_backend`).
+
+    Raises:
+        ValueError: for a `dim` out of range or an unknown backend.
 
     Numerics: lengths are accumulated in fp32 or wider, because the floor of 1e-12 and a sum of squares leave the
     range of fp16.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, backend: Backend = "auto") -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be positive; got {dim}")
+        check_backend(backend)
         self.dim = dim
+        self.backend = backend
         self.scale = dim**-0.5
         self.w_g = nn.Parameter(torch.randn(dim, 1))
         self.to_query = nn.Linear(dim, dim)
@@ -56,14 +65,14 @@ class EfficientAdditiveAttention(nn.Module):
 
         Raises:
             ValueError: for another shape.
+            BackendUnsupported: when the named backend cannot run this.
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be tokens [B, L, {self.dim}]; got {tuple(x.shape)}")
-        query = _unit_length(self.to_query(x), dim=-1)
-        key = _unit_length(self.to_key(x), dim=-1)
-        weights = _unit_length(query @ self.w_g * self.scale, dim=1)  # [B, L, 1]
-        global_query = weights.transpose(1, 2) @ query  # [B, 1, D]
-        return self.final(self.Proj(global_query * key) + query)
+        query, mixed = additive_attention(
+            self.to_query(x), self.to_key(x), self.w_g.flatten(), scale=self.scale, backend=self.backend
+        )
+        return self.final(self.Proj(mixed) + query)
 
     def folded(self, layer_scale: Tensor) -> FoldedAdditiveAttention:
         """What this module, its result times `layer_scale` (one factor per channel), is for inference only."""
@@ -96,6 +105,7 @@ class FoldedAdditiveAttention(nn.Module):
     def __init__(self, attention: EfficientAdditiveAttention, layer_scale: Tensor) -> None:
         super().__init__()
         dim = self.dim = attention.dim
+        self.backend = attention.backend
         place: dict[str, Any] = {"device": attention.w_g.device, "dtype": attention.w_g.dtype}
         self.qk_proj = nn.Conv2d(dim, 2 * dim, kernel_size=1, **place)
         self.out_proj = nn.Conv2d(2 * dim, dim, kernel_size=1, **place)
@@ -119,15 +129,22 @@ class FoldedAdditiveAttention(nn.Module):
 
         Returns:
             `[B, dim, height, width]`, times the layer scale.
+
+        Raises:
+            BackendUnsupported: when the named backend cannot run this.
         """
-        query, key = (_unit_length(half, dim=1) for half in self.qk_proj(x).chunk(2, dim=1))
+        query_key = self.qk_proj(x)
+        height, width = x.shape[2:]
+        chosen = resolve(
+            self.backend, query_key.device, query_key.dtype, self.w_g.dtype, height * width, self.dim
+        )  # fmt: skip
+        if chosen == "triton":
+            packed = additive_attention_packed(
+                query_key.flatten(2).mT, self.w_g.flatten(), scale=1.0, backend=chosen
+            )  # fmt: skip
+            return self.out_proj(packed.mT.unflatten(2, (height, width)))
+        query, key = (unit_length(half, dim=1) for half in query_key.chunk(2, dim=1))
         tokens = query.flatten(2)  # [B, D, N]
-        weights = _unit_length(tokens.mT @ self.w_g, dim=1)  # [B, N, 1]
+        weights = unit_length(tokens.mT @ self.w_g, dim=1)  # [B, N, 1]
         global_query = (tokens @ weights).unsqueeze(-1)  # [B, D, 1, 1]
         return self.out_proj(torch.cat([query, global_query * key], dim=1))
-
-
-def _unit_length(x: Tensor, dim: int) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
-    return (x / length.clamp_min(EPS)).to(x.dtype)

@@ -28,6 +28,7 @@ from vitreous_core.fold import (
 from vitreous_core.recompute import recompute
 
 from .attention import EfficientAdditiveAttention, FoldedAdditiveAttention
+from .ops import Backend
 
 
 class SwiftFormer(nn.Module):
@@ -51,10 +52,11 @@ class SwiftFormer(nn.Module):
         with_cp: recompute the blocks in the backward pass to save memory; results are unchanged.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 and applied to every residual
             branch (officially only to those of the attention blocks); the paper uses none.
+        backend: of the additive attention, in training and deploy mode; see `EfficientAdditiveAttention`.
 
     Raises:
         TypeError: for an `arch` or `out_indices` of another type.
-        ValueError: for an unknown architecture or a value out of range.
+        ValueError: for an unknown architecture or backend, or a value out of range.
     """
 
     arch_settings: ClassVar[dict[str, dict[str, Any]]] = {
@@ -73,6 +75,7 @@ class SwiftFormer(nn.Module):
         norm_eval: bool = False,
         with_cp: bool = False,
         drop_path_rate: float = 0.0,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         arch = _checked_arch(arch, self.arch_settings)
@@ -97,7 +100,7 @@ class SwiftFormer(nn.Module):
         for stage, (channels, depth) in enumerate(zip(self.channels, self.depths, strict=True)):
             if stage > 0:
                 self.network.append(Downsample(self.channels[stage - 1], channels))
-            self.network.append(_stage(channels, arch.get("mlp_ratio", 4), list(islice(rates, depth))))
+            self.network.append(_stage(channels, arch.get("mlp_ratio", 4), list(islice(rates, depth)), backend))
         for stage in self.out_indices:
             self.add_module(self._norm_name(stage), nn.BatchNorm2d(self.channels[stage]))
         self.register_load_state_dict_pre_hook(_rename_last_norm)
@@ -335,13 +338,13 @@ class ConvEncoder(nn.Module):
 class SwiftFormerEncoder(nn.Module):
     """Local representation, additive attention over all positions, and an MLP, each with a residual."""
 
-    def __init__(self, channels: int, hidden: int, drop_path: float = 0.0) -> None:
+    def __init__(self, channels: int, hidden: int, drop_path: float = 0.0, backend: Backend = "auto") -> None:
         super().__init__()
         self.drop_path = drop_path
         self.layer_scale_1: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.layer_scale_2: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.local_representation = ConvEncoder(channels, channels, drop_path)
-        self.attn: EfficientAdditiveAttention | FoldedAdditiveAttention = EfficientAdditiveAttention(channels)
+        self.attn: EfficientAdditiveAttention | FoldedAdditiveAttention = EfficientAdditiveAttention(channels, backend)
         self.linear = Mlp(channels, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -408,11 +411,11 @@ def _stem(in_channels: int, channels: int) -> nn.Sequential:
     )
 
 
-def _stage(channels: int, mlp_ratio: float, drop_path_rates: Sequence[float]) -> nn.Sequential:
+def _stage(channels: int, mlp_ratio: float, drop_path_rates: Sequence[float], backend: Backend) -> nn.Sequential:
     hidden = int(mlp_ratio * channels)
     *before, last = drop_path_rates
     blocks: list[nn.Module] = [ConvEncoder(channels, hidden, rate) for rate in before]
-    return nn.Sequential(*blocks, SwiftFormerEncoder(channels, hidden, last))
+    return nn.Sequential(*blocks, SwiftFormerEncoder(channels, hidden, last, backend))
 
 
 def _add_branch(block: ConvEncoder | SwiftFormerEncoder, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

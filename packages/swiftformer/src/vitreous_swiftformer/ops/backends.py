@@ -1,0 +1,61 @@
+"""Which implementation runs, and why a named one refuses. Everything here is a pure function."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from vitreous_core.errors import BackendUnsupported
+
+from . import triton
+
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+def check_backend(backend: str) -> None:
+    """Require a backend's name.
+
+    Raises:
+        ValueError: for another string.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+
+
+def choose_backend(device: torch.device | str, dtype: torch.dtype, tokens: int, channels: int) -> Backend:
+    """What `backend="auto"` runs: `"torch"` everywhere.
+
+    Where the kernels win is decided by measured rows of `vitreous bench swiftformer` (`attention/*`), and none are
+    recorded. Until they are, the kernels run by name only.
+
+    Args:
+        device: e.g. `"cuda"`.
+        dtype: of queries and keys.
+        tokens: L, tokens per image.
+        channels: D.
+    """
+    return "torch"
+
+
+def unsupported_reasons(device: torch.device, dtype: torch.dtype, w_dtype: torch.dtype, channels: int) -> list[str]:
+    """Every reason why the Triton kernels cannot run this; empty when they can."""
+    return triton.unsupported_reasons(device, dtype, w_dtype, channels)
+
+
+def resolve(
+    backend: Backend, device: torch.device, dtype: torch.dtype, w_dtype: torch.dtype, tokens: int, channels: int
+) -> Backend:
+    """The backend that runs: `auto` chosen, a named one checked and never replaced.
+
+    Raises:
+        ValueError: for a name that is not a backend.
+        BackendUnsupported: listing every reason why the named backend cannot run this problem.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        return choose_backend(device, dtype, tokens, channels)
+    if backend == "triton" and (reasons := unsupported_reasons(device, dtype, w_dtype, channels)):
+        raise BackendUnsupported(backend, reasons)
+    return backend
