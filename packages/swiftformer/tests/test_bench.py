@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from vitreous_core.bench.attention import BOTH, FORWARD
 from vitreous_core.bench.models import INFER
 from vitreous_swiftformer import bench
 
@@ -32,6 +33,17 @@ def test_providers_agree(name: str) -> None:
     assert prepared.gate is not None
     gate = prepared.gate([INFER])
     assert gate.passed, gate
+
+
+def test_attention_agrees_with_the_truth() -> None:
+    problem = bench.TokensProblem(2, 49, 24)
+    eager = next(case for case in bench.cases() if case.mark == "attention").providers[1]
+    prepared = eager.prepare(problem, torch.device("cpu"))
+    assert prepared.gate is not None
+    gate = prepared.gate([FORWARD, BOTH])
+    assert set(gate.errors) == {"unit", "mixed", "dquery", "dkey", "dw_g"}
+    assert gate.passed, gate
+    assert problem.work(FORWARD).bytes == 4 * 2 * 49 * 24 * 2
 
 
 def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""What `vitreous bench swiftformer` measures: exported networks on the CPU, one image at a time, in processor time.
+"""What `vitreous bench swiftformer` measures: networks on a GPU, attention alone, and exported networks on the CPU.
 
-Ours in deploy mode and timm's, whose graph is that of the official code, go through the same exporters with the same
-weights and run in the same runtimes, beside PyTorch itself.
+On the CPU it is one image at a time, in processor time: ours in deploy mode and timm's, whose graph is that of the
+official code, go through the same exporters with the same weights and run in the same runtimes, beside PyTorch itself.
 """
 
 from __future__ import annotations
@@ -12,20 +12,92 @@ from functools import partial
 
 from torch import nn
 
+from vitreous_core.bench.attention import BOTH, FORWARD
 from vitreous_core.bench.case import Case, Goal, Unavailable
-from vitreous_core.bench.models import INFER, ModelProblem, State, model_provider
-from vitreous_core.bench.runtimes import folded, runtime_provider
+from vitreous_core.bench.models import INFER, TRAIN, Build, ModelProblem, State, load_weights, model_provider
+from vitreous_core.bench.runtimes import Adopt, folded, runtime_provider
 from vitreous_core.testing.golden import golden_state
 
+from .bench_attention import TokensProblem, tokens_provider
 from .convert import from_official, to_official, to_timm
 from .model import SwiftFormer, SwiftFormerHead
+from .ops import Backend
 
 NETWORKS = ("xs", "l1")
+STAGE_TOKENS = (56**2, 28**2, 14**2, 7**2)
+"""Of an image of 224 pixels."""
 
 
 def cases() -> Sequence[Case]:
     """All of them."""
-    return list(runtime_cases())
+    return [*inference_cases(), *training_cases(), *attention_cases(), *runtime_cases()]
+
+
+def inference_cases() -> Iterator[Case]:
+    """S1: inference in half precision, channels-last."""
+    for arch in NETWORKS:
+        ours, theirs = partial(classifier, arch), partial(timm_classifier, arch)
+        networks: dict[str, tuple[Build, Adopt]] = {
+            "deploy-triton": (partial(classifier, arch, "triton"), folded),
+            "deploy": (partial(classifier, arch, "torch"), folded),
+            "eager": (ours, load_weights),
+            "timm": (theirs, adopt_in_timm),
+        }
+        for batch in (1, 128, 1024):
+            problem = ModelProblem(
+                f"swiftformer-{arch}", ours, batch, dtype="float16", autocast=False, series=f"{arch} {batch}"
+            )
+            providers = tuple(
+                model_provider(name + suffix, build, adopt=adopt, channels_last=True, compiled=bool(suffix))
+                for name, (build, adopt) in networks.items()
+                for suffix in ("", "-compiled")
+            )
+            goals = (
+                Goal(INFER, "speed-up", 2.8, over="timm"),
+                Goal(INFER, "speed-up", 1.4, over="timm-compiled"),
+            )
+            yield Case(
+                f"S1/{arch}-batch{batch}", "S1", problem, providers, (INFER,), ours="deploy-triton-compiled",
+                goals=goals, clock="wall",
+            )  # fmt: skip
+
+
+def training_cases() -> Iterator[Case]:
+    """S2: a training step under autocast."""
+    for arch in NETWORKS:
+        ours = partial(classifier, arch)
+        networks: dict[str, tuple[Build, Adopt]] = {
+            "triton": (partial(classifier, arch, "triton"), load_weights),
+            "eager": (partial(classifier, arch, "torch"), load_weights),
+            "timm": (partial(timm_classifier, arch), adopt_in_timm),
+        }
+        problem = ModelProblem(f"swiftformer-{arch}", ours, 128, series=arch)
+        providers = tuple(
+            model_provider(name + suffix, build, adopt=adopt, channels_last=True, compiled=bool(suffix))
+            for name, (build, adopt) in networks.items()
+            for suffix in ("", "-compiled")
+        )
+        goal = Goal(TRAIN, "speed-up", 1.5, over="timm")
+        yield Case(
+            f"S2/{arch}", "S2", problem, providers, (TRAIN,), ours="triton-compiled", goals=(goal,), clock="wall"
+        )  # fmt: skip
+
+
+def attention_cases() -> Iterator[Case]:
+    """The attention between its linear maps, at every stage: what `ops.choose_backend` is to be decided by."""
+    providers = (
+        tokens_provider("triton", "triton"),
+        tokens_provider("eager", "torch"),
+        tokens_provider("compiled", "torch", compiled=True),
+    )
+    for arch in NETWORKS:
+        channels = SwiftFormer.arch_settings[arch]["channels"]
+        for stage, (tokens, width) in enumerate(zip(STAGE_TOKENS, channels, strict=True), start=1):
+            for batch in (1, 128, 256):
+                problem = TokensProblem(batch, tokens, width, series=f"{arch} stage {stage}")
+                yield Case(
+                    f"attention/{arch}-stage{stage}-batch{batch}", "attention", problem, providers, (FORWARD, BOTH)
+                )  # fmt: skip
 
 
 def runtime_cases() -> Iterator[Case]:
@@ -49,9 +121,9 @@ def runtime_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def classifier(arch: str) -> nn.Module:
+def classifier(arch: str, backend: Backend = "auto") -> nn.Module:
     """Our network with two heads, with weights away from zeros and ones, in evaluation mode."""
-    backbone = SwiftFormer(arch)
+    backbone = SwiftFormer(arch, backend=backend)
     head = SwiftFormerHead(1000, backbone.channels[-1], distillation=True)
     model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
     model.load_state_dict(from_official(golden_state(to_official(model.state_dict()))))
