@@ -137,9 +137,10 @@ def test_neighbourhoods_by_flex_attention_are_those_of_the_module(side: int, mon
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_nat_by_flex_attention_is_nat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "compiled_flex", lambda: flex_attention)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # restored afterwards
     name, backbone = "nat2d-mini_8xb128_in1k", {"order": "row_major", "relative_bias": False}
-    by_flex = bench._nat_by_flex(name, backbone).eval()
+    # Not by monkeypatch, which ends with deleting what PyTorch's configuration only computes.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        by_flex = bench._nat_by_flex(name, backbone).eval()
     plain = bench._build_network(name, {"backbone": {**backbone, "backend": "torch"}}).eval()
     plain.load_state_dict(by_flex.state_dict())
     images = torch.randn(1, 3, 224, 224)
