@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..cuda_graphs import GraphedModule
 from .attention import relative_error
 from .case import Gate, Prepared, Provider
 
@@ -79,6 +80,7 @@ def model_provider(
     *,
     adopt: Callable[[nn.Module, State], object] = load_weights,
     compiled: bool = False,
+    graphed: bool = False,
     channels_last: bool = False,
     instead: ModelProblem | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -91,11 +93,12 @@ def model_provider(
             library is missing.
         adopt: gives it the reference's weights.
         compiled: whether `torch.compile` compiles the whole network, without dynamic shapes.
+        graphed: replay inference as a CUDA graph, with the images copied into its memory; there is no training then.
         channels_last: memory format of weights and images.
         instead: compute another problem, where a paper compares different networks; the gate judges by that one.
         facts: for the row.
     """
-    settings = {"compiled": compiled, "channels_last": channels_last, **(facts or {})}
+    settings = {"compiled": compiled, "graphed": graphed, "channels_last": channels_last, **(facts or {})}
     return Provider(name, partial(_prepare, build=build, adopt=adopt, instead=instead, settings=settings))
 
 
@@ -120,6 +123,7 @@ def _prepare(
         module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     if settings["compiled"]:
         module.compile(dynamic=False)
+    network = GraphedModule(module.eval()) if settings["graphed"] else module
     labels = torch.arange(problem.batch, device=device) % _CLASSES
     # At a rate of zero AdamW does all its work and leaves the weights as the gate wants them.
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
@@ -139,11 +143,13 @@ def _prepare(
         if module.training:
             module.eval()
         with torch.no_grad(), _precision(problem, device):
-            return _scores(module(images))
+            return _scores(network(images))
 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     state = {"standing_mib": weights / _MIB, "parameters": sum(p.numel() for p in module.parameters())}
     gate = None if problem.reference is None else partial(_gate, problem, module, images, labels, infer)
+    if settings["graphed"]:
+        return Prepared({INFER: infer}, gate, {TRAIN: "a CUDA graph of inference"}, facts={**settings, **state})
     return Prepared({TRAIN: train, INFER: infer}, gate, facts={**settings, **state})
 
 
