@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,12 +88,13 @@ class CascadedGroupAttention(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.key_dim = key_dim
+        self.kernel_sizes = tuple(kernel_sizes[:num_heads])
         self.value_dim = channels // num_heads
         self.scale = key_dim**-0.5
 
         self.qkvs = nn.ModuleList(ConvBN(self.value_dim, 2 * key_dim + self.value_dim) for _ in range(num_heads))
         self.dws = nn.ModuleList(
-            ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim) for kernel in kernel_sizes[:num_heads]
+            ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim) for kernel in self.kernel_sizes
         )
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(channels, channels, gamma=0.0))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))
@@ -146,6 +147,7 @@ class FoldedCascadedGroupAttention(nn.Module):
         self.num_heads = attention.num_heads
         self.window_size = attention.window_size
         self.key_dim = attention.key_dim
+        self.kernel_sizes = attention.kernel_sizes
         self.qkvs = nn.ModuleList(_fold(layer) for layer in attention.qkvs)
         self.dws = nn.ModuleList(_fold(layer, gain=attention.scale) for layer in attention.dws)
         self.proj = _fold(attention.proj[1])
@@ -162,8 +164,8 @@ class FoldedCascadedGroupAttention(nn.Module):
 
 def cascade(
     windows: Tensor,
-    qkvs: Iterable[nn.Module],
-    dws: Iterable[nn.Module],
+    qkvs: Iterable[Callable[[Tensor], Tensor]],
+    dws: Iterable[Callable[[Tensor], Tensor]],
     biases: Tensor,
     scale: float | None = None,
 ) -> Tensor:

@@ -13,19 +13,82 @@ from functools import partial
 from torch import nn
 
 from vitreous_core.bench.case import Case, Goal, Unavailable
-from vitreous_core.bench.models import INFER, ModelProblem, State, model_provider
-from vitreous_core.bench.runtimes import folded, runtime_provider
+from vitreous_core.bench.models import INFER, TRAIN, Build, ModelProblem, State, load_weights, model_provider
+from vitreous_core.bench.runtimes import Adopt, folded, runtime_provider
 from vitreous_core.testing.golden import golden_state
 
 from .convert import from_official, to_official, to_timm
 from .model import EfficientViTMSRA, EfficientViTMSRAHead
+from .ops import Backend
 
 NETWORKS = ("m0", "m4")
 
 
 def cases() -> Sequence[Case]:
     """All of them."""
-    return list(runtime_cases())
+    return [*inference_cases(), *training_cases(), *runtime_cases()]
+
+
+def inference_cases() -> Iterator[Case]:
+    """E1: half precision, channels-last, from one image to many."""
+    for arch in NETWORKS:
+        ours, theirs = partial(classifier, arch), partial(timm_classifier, arch)
+        torch_deploy, triton_deploy = partial(deployed, backend="torch"), partial(deployed, backend="triton")
+        networks: dict[str, tuple[Build, Adopt]] = {
+            "deploy-triton": (ours, triton_deploy),
+            "deploy": (ours, torch_deploy),
+            "eager": (ours, load_weights),
+            "timm": (theirs, adopt_in_timm),
+        }
+        for batch in (1, 256, 2048):
+            problem = ModelProblem(
+                f"efficientvit-msra-{arch}",
+                ours,
+                batch,
+                dtype="float16",
+                autocast=False,
+                series=f"{arch} {batch}",
+            )
+            providers = [
+                model_provider(
+                    name + suffix, build, adopt=adopt, channels_last=True,
+                    compiled=suffix == "-compiled", graphed=suffix == "-graph",
+                )
+                for name, (build, adopt) in networks.items()
+                for suffix in ("", "-compiled", "-graph")
+                # A graph hides launches, which large batches hide themselves.
+                if suffix != "-graph" or batch <= 256
+            ]  # fmt: skip
+            goals = (
+                Goal(INFER, "speed-up", 2.5, over="timm"),
+                Goal(INFER, "speed-up", 1.5, over="timm-compiled"),
+            )
+            fastest = "deploy-triton-graph" if batch == 1 else "deploy-triton"
+            yield Case(
+                f"E1/{arch}-batch{batch}", "E1", problem, tuple(providers), (INFER,), ours=fastest, goals=goals,
+                clock="wall",
+            )  # fmt: skip
+
+
+def training_cases() -> Iterator[Case]:
+    """E2: a training step under autocast."""
+    for arch in NETWORKS:
+        networks: dict[str, tuple[Build, Adopt]] = {
+            "eager": (partial(classifier, arch), load_weights),
+            "timm": (partial(timm_classifier, arch), adopt_in_timm),
+        }
+        for batch in (128, 1024):
+            problem = ModelProblem(f"efficientvit-msra-{arch}", networks["eager"][0], batch, series=f"{arch} {batch}")
+            providers = tuple(
+                model_provider(name + suffix, build, adopt=adopt, channels_last=True, compiled=bool(suffix))
+                for name, (build, adopt) in networks.items()
+                for suffix in ("", "-compiled")
+            )
+            goal = Goal(TRAIN, "speed-up", 2.0, over="timm")
+            yield Case(
+                f"E2/{arch}-batch{batch}", "E2", problem, providers, (TRAIN,), ours="eager-compiled", goals=(goal,),
+                clock="wall",
+            )  # fmt: skip
 
 
 def runtime_cases() -> Iterator[Case]:
@@ -77,6 +140,15 @@ def timm_classifier(arch: str) -> nn.Module:
         raise Unavailable("timm is not installed") from None
     network: nn.Module = timm.create_model(f"efficientvit_{arch}").eval()
     return network
+
+
+def deployed(module: nn.Module, state: State, backend: Backend) -> None:
+    """Give our network the weights and switch it to deploy mode."""
+    load_weights(module, state)
+    backbone, head = module.eval().get_submodule("backbone"), module.get_submodule("head")
+    assert isinstance(backbone, EfficientViTMSRA)
+    assert isinstance(head, EfficientViTMSRAHead)
+    head.switch_to_deploy(backbone, backend)
 
 
 def adopt_in_timm(module: nn.Module, state: State) -> None:

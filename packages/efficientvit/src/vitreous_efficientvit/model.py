@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import count, pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from vitreous_core.fold import fold_mean, fold_norm_linear
 from vitreous_core.recompute import recompute
 
 from .attention import ConvBN, LocalWindowAttention
+
+if TYPE_CHECKING:
+    from .ops import Backend
 
 STEM_STRIDE = 16
 NUM_STAGES = 3
@@ -102,6 +105,7 @@ class EfficientViTMSRA(nn.Module):
         self.norm_eval = norm_eval
         self.with_cp = with_cp
         self.deploy = False
+        self.deploy_backend: Backend | None = None
 
         self.patch_embed = _stem(in_channels, self.channels[0])
         window_size, key_dim = arch.get("window_size", 7), arch.get("key_dim", 16)
@@ -165,7 +169,7 @@ class EfficientViTMSRA(nn.Module):
         return self
 
     @torch.no_grad()
-    def switch_to_deploy(self) -> None:
+    def switch_to_deploy(self, backend: Backend = "auto") -> None:
         """Fold for inference, in place; a second call changes nothing.
 
         * Every batch norm goes into its convolution.
@@ -182,13 +186,39 @@ class EfficientViTMSRA(nn.Module):
         **Numerics**: computed in fp64 and rounded once to the model's dtype. A 16-bit model rounds taps near one to
         its spacing there, an error like that of rounding the sum.
 
+        Args:
+            backend: `"triton"` puts fused operators (`ops`) in the place of attention and FFNs, each FFN with the
+                depthwise convolution before it: for NVIDIA GPUs, in fp16, bf16 and fp32. State dicts are those of
+                `"triton"` then, and maps channels-last. `"torch"` keeps PyTorch's layers. `"auto"` is
+                `ops.choose_backend`.
+
         Raises:
-            RuntimeError: in training mode, where batch norms are no fixed maps.
+            RuntimeError: in training mode, where batch norms are no fixed maps; at a second call with another backend.
+            ValueError: for an unknown backend.
+            BackendUnsupported: when `backend="triton"` cannot take a layer; nothing has changed then.
         """
+        # Here, as the first needs the layers of this file, and both import more than training does.
+        from .fused import check_fusable, fuse
+        from .ops.api import check_backend, choose_backend
+
+        check_backend(backend)
         if self.deploy:
+            if backend not in ("auto", self.deploy_backend):
+                raise RuntimeError(
+                    f"this model is switched to deploy with backend={self.deploy_backend!r}; got {backend!r}. Build a "
+                    "new one and load the original weights"
+                )
             return
         check_evaluating(self)
+        if backend == "auto":
+            weight = next(self.parameters())
+            backend = choose_backend(weight.device, weight.dtype)
+        if backend == "triton":
+            check_fusable(self)
         _fold(self)
+        if backend == "triton":
+            fuse(self)
+        self.deploy_backend = backend
         self.deploy = True
         seal(self)
 
@@ -282,17 +312,18 @@ class EfficientViTMSRAHead(nn.Module):
         return self
 
     @torch.no_grad()
-    def switch_to_deploy(self, backbone: EfficientViTMSRA | None = None) -> None:
+    def switch_to_deploy(self, backbone: EfficientViTMSRA | None = None, backend: Backend = "auto") -> None:
         """Fold the batch norms, and two classifiers into their mean, in place; a second call changes nothing.
 
         Args:
             backbone: deploy it too. It leaves nothing for the head to take over: its last layer is in a residual.
+            backend: of the backbone, see there.
 
         Raises:
             RuntimeError: in training mode.
         """
         if backbone is not None:
-            backbone.switch_to_deploy()
+            backbone.switch_to_deploy(backend)
         if self.deploy:
             return
         check_evaluating(self)

@@ -1,0 +1,138 @@
+"""The public functions: contract, checks and choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vitreous_core.errors import BackendUnsupported
+
+from . import contracts, reference
+from .triton import device_reasons
+from .weights import BIAS_TILE, AttentionWeights, FeedForwardWeights
+
+Backend = Literal["auto", "torch", "triton"]
+
+_LARGEST_VALUE_DIM = 128
+_LARGEST_KEY_DIM = 64
+_LARGEST_CHANNELS = 512
+
+
+def cascaded_group_attention(x: Tensor, weights: AttentionWeights, *, backend: Backend = "auto") -> Tensor:
+    """`x + attention(x)` in windows of a map, for inference.
+
+    The map is padded at the bottom and right with zeros to whole windows. Padded cells are not masked: they carry the
+    biases of queries, keys and values and the cascade, as in the official code; only their outputs are dropped.
+
+    **Paper**: arXiv 2305.07027, "Cascaded Group Attention".
+
+    Args:
+        x: `[B, C, height, width]`, any strides; channels-last is read as it is, the rest is copied first by Triton.
+        weights: see `AttentionWeights`; dtype and device of `x`.
+        backend: `"torch"`, `"triton"` or `"auto"` (`choose_backend`).
+
+    Returns:
+        `[B, C, height, width]`; channels-last from Triton.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit together, or an unknown backend.
+        BackendUnsupported: when `backend="triton"` cannot run this.
+        RuntimeError: when Triton is to give gradients.
+
+    Numerics: products take factors of the dtype of `x` and sum in fp32, as softmax, cascade and residual do.
+    Queries, keys, values, weights of the softmax and the projection's input are rounded once.
+    """
+    heads, mixed, value_dim = weights.qkv_weight.shape
+    _check(x, heads * value_dim, weights, weights.shapes())
+    reasons = attention_reasons((mixed - value_dim) // 2, value_dim, weights.window_size)
+    if _resolve(backend, x, reasons) == "torch":
+        return reference.attention(x, weights)
+    return contracts.attention(x, weights)
+
+
+def feed_forward(x: Tensor, weights: FeedForwardWeights, *, backend: Backend = "auto") -> Tensor:
+    """`y + W_2 relu(W_1 y + b_1) + b_2` at every cell, `y` the depthwise convolution of `x` or `x` itself.
+
+    **Paper**: arXiv 2305.07027, figure 6b: a token interaction and the FFN after it.
+
+    Args:
+        x: as in `cascaded_group_attention`.
+        weights: see `FeedForwardWeights`; dtype and device of `x`.
+        backend: as there.
+
+    Returns:
+        As `cascaded_group_attention`; it raises the same.
+
+    Numerics: sums in fp32; `y` and the hidden activations are rounded to the dtype of `x`.
+    """
+    _check(x, weights.out_bias.shape[0], weights, weights.shapes())
+    if _resolve(backend, x, feed_forward_reasons(x.shape[1])) == "torch":
+        return reference.feed_forward(x, weights)
+    return contracts.feed_forward(x, weights)
+
+
+def choose_backend(device: torch.device | str, dtype: torch.dtype) -> Backend:
+    """What `backend="auto"` runs: `"torch"`, on every device and in every dtype.
+
+    The Triton kernels have not been timed yet; a shape joins them when a benchmark row shows that they win there.
+    """
+    del device, dtype
+    return "torch"
+
+
+def attention_reasons(key_dim: int, value_dim: int, window_size: int) -> list[str]:
+    """Why the Triton kernel cannot take attention of these sizes; empty when it can."""
+    reasons = []
+    if window_size**2 > BIAS_TILE:
+        reasons.append(f"window_size must be at most {int(BIAS_TILE**0.5)}; got {window_size}")
+    for name, size, most in (("value_dim", value_dim, _LARGEST_VALUE_DIM), ("key_dim", key_dim, _LARGEST_KEY_DIM)):
+        if size > most:
+            reasons.append(f"{name} must be at most {most}; got {size}")
+    return reasons
+
+
+def feed_forward_reasons(channels: int) -> list[str]:
+    """Why the Triton kernel cannot take an FFN of this width; empty when it can."""
+    if channels <= _LARGEST_CHANNELS:
+        return []
+    return [f"channels must be at most {_LARGEST_CHANNELS}; got {channels}"]
+
+
+def check_backend(backend: str) -> None:
+    """Refuse an unknown backend.
+
+    Raises:
+        ValueError: naming those there are.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton'; got {backend!r}")
+
+
+def _resolve(backend: Backend, x: Tensor, reasons: list[str]) -> Backend:
+    check_backend(backend)
+    if backend == "auto":
+        backend = choose_backend(x.device, x.dtype)
+    if backend == "triton" and (reasons := device_reasons(x.device, x.dtype) + reasons):
+        raise BackendUnsupported(backend, reasons)
+    return backend
+
+
+def _check(
+    x: Tensor, channels: int, weights: AttentionWeights | FeedForwardWeights, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must be [B, {channels}, height, width]; got {tuple(x.shape)}")
+    for name, shape in shapes.items():
+        tensor: Tensor = getattr(weights, name)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}; got {tuple(tensor.shape)}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}. Call contiguous()")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name} must have the dtype and device of x, {x.dtype} on {x.device}; "
+                f"got {tensor.dtype} on {tensor.device}. Move the model, or cast the images"
+            )

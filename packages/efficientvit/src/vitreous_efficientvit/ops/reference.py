@@ -1,0 +1,44 @@
+"""The plain operations, on any device and in any floating dtype: the truth that the kernels answer to."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import cascade, window_partition, window_reverse
+from .weights import AttentionWeights, FeedForwardWeights
+
+
+def attention(x: Tensor, weights: AttentionWeights) -> Tensor:
+    """`x` plus the projected heads of its windows; `x` `[B, C, height, width]`."""
+    side, tokens = weights.window_size, weights.window_size**2
+    height, width = x.shape[2:]
+    padded = F.pad(x, (0, -width % side, 0, -height % side))
+    windows = window_partition(padded, side)
+    key_dim = weights.query_bias.shape[1]
+    qkvs = [
+        partial(F.conv2d, weight=weight[:, :, None, None], bias=bias)
+        for weight, bias in zip(weights.qkv_weight, weights.qkv_bias, strict=True)
+    ]
+    taps = weights.query_weight.split([kernel**2 for kernel in weights.kernel_sizes])
+    dws = [
+        partial(
+            F.conv2d, weight=tap.T.reshape(key_dim, 1, kernel, kernel), bias=bias, padding=kernel // 2, groups=key_dim
+        )
+        for tap, bias, kernel in zip(taps, weights.query_bias, weights.kernel_sizes, strict=True)
+    ]
+    heads = cascade(windows, qkvs, dws, weights.bias_tile[:, :tokens, :tokens])
+    projected = F.conv2d(heads.relu(), weights.proj_weight[:, :, None, None], weights.proj_bias)
+    return x + window_reverse(projected, *padded.shape[2:])[..., :height, :width]
+
+
+def feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
+    """The depthwise convolution of `x` if there is one, plus the FFN of it; `x` `[B, C, height, width]`."""
+    if weights.local_weight is not None:
+        channels = x.shape[1]
+        taps = weights.local_weight.T.reshape(channels, 1, 3, 3)
+        x = F.conv2d(x, taps, weights.local_bias, padding=1, groups=channels)
+    hidden = F.conv2d(x, weights.in_weight[:, :, None, None], weights.in_bias).relu()
+    return x + F.conv2d(hidden, weights.out_weight[:, :, None, None], weights.out_bias)

@@ -1,0 +1,98 @@
+"""How each launch is shaped: pure functions of dtype and sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..weights import BIAS_TILE
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Launch of the attention kernel.
+
+    Args:
+        rows: tokens of one tile.
+        windows: in one tile.
+        columns, depth: of a tile of the projection's weight.
+        programs: per multiprocessor, at most.
+        warps, stages: of a program, and of the projection's loop.
+    """
+
+    rows: int
+    windows: int
+    columns: int
+    depth: int
+    programs: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class FeedForwardTile:
+    """Launch of the FFN kernel.
+
+    Args:
+        rows: cells of one tile.
+        hidden: hidden channels at a time.
+        warps, stages: of a program, and of the loop over hidden channels.
+    """
+
+    rows: int
+    hidden: int
+    warps: int
+    stages: int
+
+
+def attention_tile(
+    dtype: torch.dtype, tf32: bool, windows: int, window_size: int, value_dim: int, multiprocessors: int
+) -> AttentionTile:
+    """As many windows in a tile as its rows hold.
+
+    Of 64 rows Triton gives the chained products of a second warp group the same rows as the first: four warps there,
+    but for products without matrix units. Lower tiles are no work for a warp group and spread over eight warps.
+    """
+    tokens = window_size**2
+    rows = max(_rows(windows * tokens, BIAS_TILE, multiprocessors), 1 << (tokens - 1).bit_length())
+    if dtype == torch.float32:
+        return AttentionTile(rows, rows // tokens, 32, 32, 1, 4 if tf32 and rows == BIAS_TILE else 8, 2)
+    warps = 8 if rows < BIAS_TILE and value_dim > 64 else 4
+    return AttentionTile(rows, rows // tokens, 64, 64, 4 if value_dim <= 16 else 3 if value_dim <= 32 else 2, warps, 2)
+
+
+def feed_forward_tile(dtype: torch.dtype, cells: int, channels: int, multiprocessors: int) -> FeedForwardTile:
+    """Tall tiles, which read the weights least often, as far as the registers of one or two warp groups go."""
+    if dtype == torch.float32:
+        return FeedForwardTile(16 if channels > 256 else 32, 16, 8, 2)
+    rows = _rows(cells, 64, multiprocessors)
+    return FeedForwardTile(rows, 64 if channels <= 256 else 32, 4 if channels <= 128 else 8, 2)
+
+
+def _rows(cells: int, most: int, multiprocessors: int) -> int:
+    """Fewer rows in a tile while multiprocessors would be idle.
+
+    Not below 32: each tile reads all weights, and 16 rows need their products' time twice over for that.
+    """
+    if cells <= 16:
+        return 16
+    rows = most
+    while rows > 32 and cells < rows * multiprocessors:
+        rows //= 2
+    return rows
+
+
+def split_channels(channels: int) -> tuple[int, int]:
+    """Two block sizes, powers of two from 16 up, that hold the channels: fewer empty columns than one.
+
+    The second is 0 where one block does.
+    """
+    first = max(1 << (channels.bit_length() - 1), 16)
+    rest = channels - first
+    return (first, 0) if rest <= 0 else (first, max(1 << (rest - 1).bit_length(), 16))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products of fp32 factors, as `torch.set_float32_matmul_precision` has it."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
