@@ -17,6 +17,7 @@ from vitreous_core.bench.models import INFER, TRAIN, Build, ModelProblem, State,
 from vitreous_core.bench.runtimes import Adopt, folded, runtime_provider
 from vitreous_core.testing.golden import golden_state
 
+from .bench_layers import layer_cases
 from .convert import from_official, to_official, to_timm
 from .model import EfficientViTMSRA, EfficientViTMSRAHead
 from .ops import Backend
@@ -26,7 +27,7 @@ NETWORKS = ("m0", "m4")
 
 def cases() -> Sequence[Case]:
     """All of them."""
-    return [*inference_cases(), *training_cases(), *runtime_cases()]
+    return [*inference_cases(), *training_cases(), *layer_cases(), *runtime_cases()]
 
 
 def inference_cases() -> Iterator[Case]:

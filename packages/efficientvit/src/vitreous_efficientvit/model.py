@@ -215,7 +215,7 @@ class EfficientViTMSRA(nn.Module):
             backend = choose_backend(weight.device, weight.dtype)
         if backend == "triton":
             check_fusable(self)
-        _fold(self)
+        fold(self)
         if backend == "triton":
             fuse(self)
         self.deploy_backend = backend
@@ -327,7 +327,7 @@ class EfficientViTMSRAHead(nn.Module):
         if self.deploy:
             return
         check_evaluating(self)
-        _fold(self)
+        fold(self)
         if isinstance(self.distillation_classifier, nn.Linear):
             assert isinstance(self.classifier, nn.Linear)
             self.classifier = fold_mean(self.classifier, self.distillation_classifier)
@@ -458,7 +458,8 @@ def _classifier(in_channels: int, num_classes: int) -> nn.Module:
     return BNLinear(in_channels, num_classes) if num_classes else nn.Identity()
 
 
-def _fold(module: nn.Module) -> None:
+def fold(module: nn.Module) -> None:
+    """Put the folded form of every layer inside a module in its place."""
     for name, child in module.named_children():
         if isinstance(child, Residual) and isinstance(child.m, ConvBN):
             setattr(module, name, child.m.folded(residual=True))
@@ -467,7 +468,7 @@ def _fold(module: nn.Module) -> None:
         elif isinstance(child, LocalWindowAttention):
             child.fold()
         else:
-            _fold(child)
+            fold(child)
 
 
 def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
