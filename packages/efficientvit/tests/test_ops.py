@@ -174,7 +174,7 @@ def test_a_fused_network_on_gpu(build: Build) -> None:
     truth = copy.deepcopy(plain).cuda().double()(images.double())
     fused = copy.deepcopy(plain)
     switch_to_deploy(plain)
-    fused.head.switch_to_deploy(fused.backbone, backend="triton")
+    switch_to_deploy(fused, backend="triton")
     baseline, actual = plain.cuda().half()(images.half()), fused.cuda().half()(images.half())
     assert_within_budget({"logits": actual}, {"logits": truth}, {"logits": baseline})
 
@@ -236,9 +236,9 @@ def test_auto_is_torch_until_measured(build: Build, tiny: dict[str, Any]) -> Non
     model = build(tiny)
     model.backbone.switch_to_deploy()
     assert not [module for module in model.modules() if isinstance(module, FusedAttention | FusedFFN)]
-    model.backbone.switch_to_deploy("torch")
+    switch_to_deploy(model, backend="torch")
     with pytest.raises(RuntimeError, match="switched to deploy with backend='torch'; got 'triton'"):
-        model.backbone.switch_to_deploy("triton")
+        switch_to_deploy(model, backend="triton")
 
 
 @pytest.mark.parametrize("arch", sorted(EfficientViTMSRA.arch_settings))

@@ -48,7 +48,7 @@ def seal(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_check_folded_state)
 
 
-def switch_to_deploy(model: nn.Module) -> bool:
+def switch_to_deploy(model: nn.Module, **options: Any) -> bool:
     """Fold a classifier for inference, in place: its backbone, and its head together with what the backbone leaves.
 
     The logits stay; the backbone's own last map may change where the head takes over its norm. Who wants the maps calls
@@ -56,6 +56,7 @@ def switch_to_deploy(model: nn.Module) -> bool:
 
     Args:
         model: in evaluation mode and with its weights, a `backbone` and perhaps a `head` as attributes.
+        options: of the parts' own `switch_to_deploy`, such as the `backend` of EfficientViT.
 
     Returns:
         Whether there was anything to fold: False for models that know no deploy mode.
@@ -68,9 +69,9 @@ def switch_to_deploy(model: nn.Module) -> bool:
     if not hasattr(backbone, "switch_to_deploy"):
         return False
     if hasattr(head, "switch_to_deploy"):
-        head.switch_to_deploy(backbone)
+        head.switch_to_deploy(backbone, **options)
     else:
-        backbone.switch_to_deploy()
+        backbone.switch_to_deploy(**options)
     return True
 
 

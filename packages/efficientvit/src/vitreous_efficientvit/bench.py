@@ -15,6 +15,7 @@ from torch import nn
 from vitreous_core.bench.case import Case, Goal, Unavailable
 from vitreous_core.bench.models import INFER, TRAIN, Build, ModelProblem, State, load_weights, model_provider
 from vitreous_core.bench.runtimes import Adopt, folded, runtime_provider
+from vitreous_core.deploy import switch_to_deploy
 from vitreous_core.testing.golden import golden_state
 
 from .bench_layers import layer_cases
@@ -146,10 +147,7 @@ def timm_classifier(arch: str) -> nn.Module:
 def deployed(module: nn.Module, state: State, backend: Backend) -> None:
     """Give our network the weights and switch it to deploy mode."""
     load_weights(module, state)
-    backbone, head = module.eval().get_submodule("backbone"), module.get_submodule("head")
-    assert isinstance(backbone, EfficientViTMSRA)
-    assert isinstance(head, EfficientViTMSRAHead)
-    head.switch_to_deploy(backbone, backend)
+    switch_to_deploy(module.eval(), backend=backend)
 
 
 def adopt_in_timm(module: nn.Module, state: State) -> None:
