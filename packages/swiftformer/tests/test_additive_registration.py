@@ -1,4 +1,4 @@
-"""The operators of additive attention: contract, opcheck, compilation as the first call, autocast, refusals."""
+"""The registered operators: contract, opcheck, compilation as the first call, autocast, refusals."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def test_opcheck(where: str) -> None:
 COMPILED_FIRST = """
 import torch
 from vitreous_swiftformer import EfficientAdditiveAttention
+from vitreous_swiftformer.model import ConvEncoder
 
 torch.manual_seed(0)
 module = EfficientAdditiveAttention(16, backend="triton").to("{device}")
@@ -62,6 +63,12 @@ image = tokens.mT.reshape(2, 16, 3, 3).to(memory_format=torch.channels_last)
 compiled = torch.compile(folded, fullgraph=True, backend="{backend}")
 with torch.no_grad():
     torch.testing.assert_close(compiled(image).flatten(2).mT, first[0], rtol=1e-4, atol=1e-5)
+
+block = ConvEncoder(16, 32, backend="triton").to("{device}").eval()
+block.fold()
+block = block.half().requires_grad_(False)
+compiled = torch.compile(block, fullgraph=True, backend="{backend}")
+assert torch.equal(compiled(image.half()), block(image.half()))
 """
 
 

@@ -28,7 +28,8 @@ from vitreous_core.fold import (
 from vitreous_core.recompute import recompute
 
 from .attention import EfficientAdditiveAttention, FoldedAdditiveAttention
-from .ops import Backend
+from .ops import Backend, conv_encoder
+from .ops.backends import encoder_backend
 
 
 class SwiftFormer(nn.Module):
@@ -52,7 +53,9 @@ class SwiftFormer(nn.Module):
         with_cp: recompute the blocks in the backward pass to save memory; results are unchanged.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 and applied to every residual
             branch (officially only to those of the attention blocks); the paper uses none.
-        backend: of the additive attention, in training and deploy mode; see `EfficientAdditiveAttention`.
+        backend: `"torch"`, `"triton"`, or `"auto"`, which chooses (see `ops.choose_backend`). `"triton"` is kernels for
+            the additive attention, and in deploy mode, which then has to be in half precision, for the convolutional
+            blocks that have one (see `ops.backends.encoder_backend`).
 
     Raises:
         TypeError: for an `arch` or `out_indices` of another type.
@@ -313,9 +316,10 @@ class ConvEncoder(nn.Module):
     Also, with as many hidden channels as it has, the local representation of a `SwiftFormerEncoder`.
     """
 
-    def __init__(self, channels: int, hidden: int, drop_path: float = 0.0) -> None:
+    def __init__(self, channels: int, hidden: int, drop_path: float = 0.0, backend: Backend = "auto") -> None:
         super().__init__()
         self.drop_path = drop_path
+        self.backend = encoder_backend(backend, channels)
         self.layer_scale: nn.Parameter | None = nn.Parameter(torch.ones(channels, 1, 1))
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
         self.norm: nn.Module = nn.BatchNorm2d(channels)
@@ -324,8 +328,18 @@ class ConvEncoder(nn.Module):
         self.pwconv2 = nn.Conv2d(hidden, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.backend == "triton" and self.layer_scale is None:  # folded
+            return self._fused(x)
         branch = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         return _add_branch(self, x, branch, self.layer_scale)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        first, second = self.pwconv1, self.pwconv2
+        assert first.bias is not None
+        assert second.bias is not None
+        return conv_encoder(
+            x, self.dwconv.weight, first.weight, first.bias, second.weight, second.bias, backend="triton"
+        )  # fmt: skip
 
     def fold(self) -> None:
         """Norm into the convolutions around it, layer scale into `pwconv2`."""
@@ -343,7 +357,7 @@ class SwiftFormerEncoder(nn.Module):
         self.drop_path = drop_path
         self.layer_scale_1: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.layer_scale_2: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
-        self.local_representation = ConvEncoder(channels, channels, drop_path)
+        self.local_representation = ConvEncoder(channels, channels, drop_path, backend)
         self.attn: EfficientAdditiveAttention | FoldedAdditiveAttention = EfficientAdditiveAttention(channels, backend)
         self.linear = Mlp(channels, hidden)
 
@@ -414,7 +428,7 @@ def _stem(in_channels: int, channels: int) -> nn.Sequential:
 def _stage(channels: int, mlp_ratio: float, drop_path_rates: Sequence[float], backend: Backend) -> nn.Sequential:
     hidden = int(mlp_ratio * channels)
     *before, last = drop_path_rates
-    blocks: list[nn.Module] = [ConvEncoder(channels, hidden, rate) for rate in before]
+    blocks: list[nn.Module] = [ConvEncoder(channels, hidden, rate, backend) for rate in before]
     return nn.Sequential(*blocks, SwiftFormerEncoder(channels, hidden, last, backend))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import contracts, reference
-from .backends import Backend, resolve
+from .backends import Backend, resolve, resolve_encoder
 
 
 def additive_attention(
@@ -88,6 +88,48 @@ def additive_attention_packed(
     run = contracts.additive_attention if chosen == "triton" else reference.additive_attention
     query, key = query_key.chunk(2, -1)
     return torch.cat(run(query, key, w_g, scale), -1)
+
+
+def conv_encoder(
+    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, backend: Backend
+) -> Tensor:  # fmt: skip
+    """The convolutional block in deploy mode, for inference: `x + conv(gelu(conv(depthwise(x))))`.
+
+    Paper: SwiftFormer (arXiv 2303.15446), section 3, "Conv. Encoder", its batch norm and layer scale folded.
+
+    Args:
+        x: `[B, C, height, width]`, any strides; channels-last is fast.
+        taps: `[C, 1, 3, 3]`, a depthwise convolution that keeps the size, without bias.
+        weight1, bias1: `[hidden, C, 1, 1]` and `[hidden]`.
+        weight2, bias2: `[C, hidden, 1, 1]` and `[C]`.
+        backend: `"torch"`, `"triton"` or `"auto"` (which is `"torch"`).
+
+    Returns:
+        `[B, C, height, width]`, dtype of x. Strides in the order of those of x with `"triton"`.
+
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: for wrong shapes or mixed devices.
+        BackendUnsupported: when the named backend cannot run this.
+
+    Numerics: `"triton"` takes half precision, sums in fp32 and rounds the depthwise result and the activations once,
+        as operands. Under autocast all are first cast to its dtype by `"triton"`, by each step of `"torch"`.
+    """
+    parameters = {"taps": taps, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    cast = [_autocast(name, tensor) for name, tensor in {"x": x, **parameters}.items()]
+    if x.ndim != 4:
+        raise ValueError(f"x must be [B, C, height, width]; got shape {tuple(x.shape)}")
+    channels, hidden = x.shape[1], weight1.shape[0]
+    shapes = ((channels, 1, 3, 3), (hidden, channels, 1, 1), (hidden,), (channels, hidden, 1, 1), (channels,))
+    for (name, tensor), shape in zip(parameters.items(), shapes, strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+        _check_device(name, tensor, "x", x)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in cast)
+    chosen = resolve_encoder(backend, x.device, tuple(tensor.dtype for tensor in cast), channels, needs_grad)
+    if chosen == "triton":
+        return contracts.conv_encoder(*cast)
+    return reference.conv_encoder(x, taps, weight1, bias1, weight2, bias2)
 
 
 def _autocast(name: str, tensor: Tensor) -> Tensor:

@@ -27,9 +27,14 @@ _library.define(
     "additive_attention_packed(Tensor query_key, Tensor w_g, float scale) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_library.define(
+    "conv_encoder(Tensor x, Tensor taps, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 _additive_attention = torch.ops.vitreous_swiftformer.additive_attention.default
 _additive_attention_backward = torch.ops.vitreous_swiftformer.additive_attention_backward.default
 _additive_attention_packed = torch.ops.vitreous_swiftformer.additive_attention_packed.default
+_conv_encoder = torch.ops.vitreous_swiftformer.conv_encoder.default
 
 
 def additive_attention(query: Tensor, key: Tensor, w_g: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -118,3 +123,26 @@ def _differentiable(query: Tensor, key: Tensor, w_g: Tensor, scale: float) -> tu
         return _AdditiveAttention.apply(query, key, w_g, scale)
     with torch._C._AutoDispatchBelowAutograd():
         return _additive_attention(query, key, w_g, scale)
+
+
+def conv_encoder(
+    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:  # fmt: skip
+    """Call the operator, which has no derivative; arguments as in `api.conv_encoder`."""
+    out: Tensor = _conv_encoder(x, taps, weight1, bias1, weight2, bias2)
+    return out
+
+
+@torch.library.impl(_library, "conv_encoder", "CompositeExplicitAutograd")
+def _encoder(
+    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:  # fmt: skip
+    """The block's result, strides ordered as those of x."""
+    from .triton.encoder import launch_encoder
+
+    return launch_encoder(x, taps, weight1, bias1, weight2, bias2)
+
+
+@torch.library.register_fake("vitreous_swiftformer::conv_encoder", lib=_library)
+def _(x: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(x)

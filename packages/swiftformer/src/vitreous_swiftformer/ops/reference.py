@@ -1,8 +1,9 @@
-"""The truth: efficient additive attention between its linear maps, in plain PyTorch."""
+"""The truth: additive attention between its linear maps, and the convolutional block, in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-12
@@ -15,6 +16,14 @@ def additive_attention(query: Tensor, key: Tensor, w_g: Tensor, scale: float) ->
     weights = unit_length(query @ w_g.to(query.dtype)[:, None] * scale, dim=1)  # [B, L, 1]
     global_query = weights.transpose(1, 2) @ query  # [B, 1, D]
     return query, global_query * key
+
+
+def conv_encoder(
+    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:  # fmt: skip
+    """Arguments as in `api.conv_encoder`."""
+    local = F.conv2d(x, taps, padding=1, groups=x.shape[1])
+    return x + F.conv2d(F.gelu(F.conv2d(local, weight1, bias1)), weight2, bias2)
 
 
 def unit_length(x: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels of efficient additive attention, for NVIDIA GPUs from Ampere on."""
+"""Triton kernels of additive attention and of the convolutional block, for NVIDIA GPUs from Ampere on."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import importlib.util
 
 import torch
 
-from .configs import MOST_CHANNELS
+from .configs import MOST_CHANNELS, takes_encoder
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOWEST_CAPABILITY = (8, 0)
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype, w_dtype: torch.dtype, channels: int) -> list[str]:
-    """Why the Triton kernels cannot run this; empty when they can."""
+    """Why the kernels of additive attention cannot run this; empty when they can."""
     if not _is_installed():
         return ["the package triton is not installed"]
-    reasons = []
-    if device.type == "cuda":
-        capability = _capability(device.index)
-        if capability is not None and capability < _LOWEST_CAPABILITY:
-            reasons.append(f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}")
-    elif not _is_interpreted():
-        reasons.append(f"tensors must be on a CUDA device; got {device.type!r}")
+    reasons = _device_reasons(device)
     if dtype not in _DTYPES:
         reasons.append(f"query and key must be float16, bfloat16 or float32; got {dtype}")
     if w_dtype not in _DTYPES:
@@ -30,6 +24,34 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype, w_dtype: torch
     if not 0 < channels <= MOST_CHANNELS:
         reasons.append(f"channels must be from 1 to {MOST_CHANNELS}; got {channels}")
     return reasons
+
+
+def encoder_unsupported_reasons(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], channels: int, needs_grad: bool
+) -> list[str]:
+    """Why the kernel of the convolutional block cannot run this; empty when it can."""
+    if not _is_installed():
+        return ["the package triton is not installed"]
+    reasons = _device_reasons(device)
+    if dtypes[0] not in (torch.float16, torch.bfloat16) or any(dtype != dtypes[0] for dtype in dtypes):
+        names = ", ".join(sorted({str(dtype) for dtype in dtypes}))
+        reasons.append(f"image and weights must be all float16 or all bfloat16; got {names}")
+    elif device.type != "cuda" and torch.bfloat16 in dtypes:
+        reasons.append("Triton's interpreter computes no bfloat16 products")
+    if not takes_encoder(channels):
+        reasons.append(f"channels must be a multiple of 8 from 8 to 256; got {channels}")
+    if needs_grad:
+        reasons.append("the kernel is for inference and has no derivative: use torch.no_grad()")
+    return reasons
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return [] if _is_interpreted() else [f"tensors must be on a CUDA device; got {device.type!r}"]
+    capability = _capability(device.index)
+    if capability is None or capability >= _LOWEST_CAPABILITY:
+        return []
+    return [f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}"]
 
 
 # These ask the environment, which Dynamo cannot trace; no answer changes within a process.

@@ -55,3 +55,40 @@ def power_of_two(number: int) -> int:
 
 def _ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
+
+
+_MOST_ENCODER_CHANNELS = 256
+"""More would leave the result of 64 positions no place in registers."""
+
+_ENCODER_CHANNEL_STEP = 8
+"""Rows of other widths are read in shorter vectors, whose addresses spill."""
+
+
+class EncoderPlan(NamedTuple):
+    """How the convolutional block is launched.
+
+    Args:
+        block_p: positions of a program.
+        block_c: power of two that holds the channels.
+        block_h: hidden channels at a time.
+        stages: chunks of weights on their way.
+        warps: of a program.
+    """
+
+    block_p: int
+    block_c: int
+    block_h: int
+    stages: int
+    warps: int
+
+
+def takes_encoder(channels: int) -> bool:
+    """Whether the convolutional block has a kernel at this width: multiples of 8 up to 256."""
+    return 0 < channels <= _MOST_ENCODER_CHANNELS and channels % _ENCODER_CHANNEL_STEP == 0
+
+
+def plan_encoder(channels: int) -> EncoderPlan:
+    """For channels that `takes_encoder`."""
+    # Matrix tiles are at least 16 wide. Wider chunks of hidden channels spill.
+    block_c = max(power_of_two(channels), 16)
+    return EncoderPlan(block_p=64, block_c=block_c, block_h=32, stages=2, warps=4 if block_c <= 128 else 8)
