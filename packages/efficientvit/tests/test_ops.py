@@ -148,7 +148,7 @@ def test_the_plain_path_is_the_layer(name: str) -> None:
 @torch.no_grad()
 def test_a_fused_model_is_the_model(build: Build, tiny: dict[str, Any]) -> None:
     plain = build(tiny, True, num_classes=10, img_size=64, out_indices=(0, 1, 2))
-    images = golden_input(1, 48, 80)
+    images = golden_input(1, 32, 48)
     truth = copy.deepcopy(plain).double().backbone(images.double())
     fused = copy.deepcopy(plain)
     fused.backbone.switch_to_deploy(backend="triton")
@@ -260,8 +260,13 @@ def test_tiles_hold_what_they_must() -> None:
                 assert 16 <= tile.rows <= 64
                 assert 1 <= tile.windows <= tile.rows // side**2
         for channels in range(8, 513, 8):
-            assert feed_forward_tile(dtype, 16, channels, 132).rows >= 16
+            for cells, shared_memory in ((1, 99 * 1024), (10**6, 227 * 1024)):
+                ffn = feed_forward_tile(dtype, cells, channels, 132, shared_memory)
+                assert min(ffn.rows, ffn.hidden) >= 16
             first, second = split_channels(channels)
             assert channels <= first + second < 2 * max(channels, 16)
+    # On consumer GPUs.
+    assert feed_forward_tile(HALF, 10**6, 384, 84, 99 * 1024).hidden == 16
+    assert feed_forward_tile(SINGLE, 10**6, 512, 84, 99 * 1024).stages == 1
     assert split_channels(384) == (256, 128)
     assert split_channels(256) == (256, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 
@@ -29,6 +30,15 @@ def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 def dtype_reasons(dtype: torch.dtype) -> list[str]:
     """Why the kernels cannot compute in this dtype; empty when they can."""
     return [] if dtype in _DTYPES else [f"dtype must be float16, bfloat16 or float32; got {dtype}"]
+
+
+@cache
+def resources(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may have; one H100's share in the interpreter."""
+    if device.type != "cuda":
+        return 1, 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 # These ask the environment, which Dynamo cannot trace; no answer changes within a process.

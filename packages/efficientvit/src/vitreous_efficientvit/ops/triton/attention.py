@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..weights import BIAS_TILE, AttentionWeights
+from . import resources
 from .configs import attention_tile, precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -163,7 +164,7 @@ def launch_attention(x: Tensor, weights: AttentionWeights) -> Tensor:
     windows = batch * rows * columns
     if not windows:
         return out
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    multiprocessors, _ = resources(x.device)
     products = precision(x.dtype)
     tile = attention_tile(x.dtype, products == "tf32", windows, side, value_dim, multiprocessors)
     groups = triton.cdiv(windows, tile.windows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,12 +62,26 @@ def attention_tile(
     return AttentionTile(rows, rows // tokens, 64, 64, 4 if value_dim <= 16 else 3 if value_dim <= 32 else 2, warps, 2)
 
 
-def feed_forward_tile(dtype: torch.dtype, cells: int, channels: int, multiprocessors: int) -> FeedForwardTile:
-    """Tall tiles, which read the weights least often, as far as the registers of one or two warp groups go."""
+def feed_forward_tile(
+    dtype: torch.dtype, cells: int, channels: int, multiprocessors: int, shared_memory: int
+) -> FeedForwardTile:
+    """Tall tiles, which read the weights least often, as far as the registers of one or two warp groups go.
+
+    Fewer hidden channels at a time, then no overlap of copies and products, where shared memory is small.
+    """
     if dtype == torch.float32:
-        return FeedForwardTile(16 if channels > 256 else 32, 16, 8, 2)
-    rows = _rows(cells, 64, multiprocessors)
-    return FeedForwardTile(rows, 64 if channels <= 256 else 32, 4 if channels <= 128 else 8, 2)
+        tile = FeedForwardTile(16 if channels > 256 else 32, 16, 8, 2)
+    else:
+        rows = _rows(cells, 64, multiprocessors)
+        tile = FeedForwardTile(rows, 64 if channels <= 256 else 32, 4 if channels <= 128 else 8, 2)
+    while tile.hidden > 16 and _shared_bytes(tile, dtype, channels) > shared_memory:
+        tile = replace(tile, hidden=tile.hidden // 2)
+    return tile if _shared_bytes(tile, dtype, channels) <= shared_memory else replace(tile, stages=1)
+
+
+def _shared_bytes(tile: FeedForwardTile, dtype: torch.dtype, channels: int) -> int:
+    """At least what the compiler takes: the cells, two weights for every stage, some for barriers."""
+    return dtype.itemsize * sum(split_channels(channels)) * (tile.rows + 2 * tile.stages * tile.hidden) + 1024
 
 
 def _rows(cells: int, most: int, multiprocessors: int) -> int:

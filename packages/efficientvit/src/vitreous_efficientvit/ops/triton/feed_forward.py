@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..weights import FeedForwardWeights
+from . import resources
 from .configs import feed_forward_tile, precision, split_channels
 
 
@@ -112,8 +113,7 @@ def launch_feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
     if not cells:
         return out
     block_a, block_b = split_channels(channels)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    tile = feed_forward_tile(x.dtype, cells, channels, multiprocessors)
+    tile = feed_forward_tile(x.dtype, cells, channels, *resources(x.device))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _feed_forward_kernel[(triton.cdiv(cells, tile.rows),)](
             x, *weights, out, cells, height, width,
