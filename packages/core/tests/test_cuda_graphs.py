@@ -108,6 +108,8 @@ def test_a_replay_is_the_module() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)).cuda().eval()
     graphed = GraphedModule(module, max_graphs=2)
     batches = [torch.randn(size, 3, 16, 16, device="cuda") for size in (1, 4, 1, 4, 2)]
+    with torch.inference_mode():
+        graphed(batches[0])
     with torch.no_grad():
         results = [graphed(images) for images in batches]
         for images, result in zip(batches, results, strict=True):

@@ -121,6 +121,7 @@ class _Graph:
     inputs: tuple[Tensor, ...]
     outputs: Any
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def replay(self, inputs: tuple[Tensor, ...]) -> Any:
         for place, tensor in zip(self.inputs, inputs, strict=True):
@@ -129,6 +130,8 @@ class _Graph:
         return tree_map_only(Tensor, Tensor.clone, self.outputs)
 
 
+# Not in inference mode, whose tensors could not be written from outside it.
+@torch.inference_mode(False)
 @torch.no_grad()
 def _capture(module: nn.Module, inputs: tuple[Tensor, ...]) -> _Graph:
     places = tuple(tensor.detach().clone() for tensor in inputs)
