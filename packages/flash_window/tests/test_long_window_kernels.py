@@ -121,12 +121,8 @@ def run(problem: Cut | Image, tensors: dict[str, Tensor], backend: str, dtype: t
     return {"out": out.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
-def check(problem: Cut | Image, factor: float | None = None, precision: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Output and every gradient within budget: twice, see `budget`; three times in fp32."""
-    if factor is None:
-        # In fp32 the rounding of the saved log-sum-exp shows, which all keys of a row share: sums over keys, such as
-        # the gradient of the padding, do not average it out. Measured 2.6 times.
-        factor = 3.0 if problem.dtype == SINGLE else 2.0
+def check(problem: Cut | Image, factor: float = 2.0, precision: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Output and every gradient within budget."""
     tensors = problem.tensors()
     truth = run(problem, tensors, "torch", torch.float64)
     baseline = run(problem, tensors, "torch")
@@ -139,7 +135,9 @@ def check(problem: Cut | Image, factor: float | None = None, precision: torch.dt
 # Every feature with both fronts somewhere: pairs, not the product.
 SMALL = {
     "cut-40-D256-mask": Cut(3, 1, 40, 256, SINGLE, mask="numbers", strides="packed"),
-    "cut-40-D256-no-bias": Cut(2, 1, 40, 256, SINGLE, None, strides="columns", scale=-0.1),
+    # Scores of about 5, up to 20. Larger ones show that the interpreter's products are summed in another order in each
+    # pass, which those of a GPU are not.
+    "cut-40-D256-no-bias": Cut(2, 1, 40, 256, SINGLE, None, strides="columns", scale=-0.3),
     "cut-289-flags-dropout-half": Cut(2, 1, 289, 24, HALF, HALF, "flags", 2, dropout_p=0.3),
     "image-17-cosine-half": Image(1, 30, 16, 1, 8, 17, 5, HALF, HALF, pad=True, cosine=True),
     "image-6-D256-padded-shifted": Image(2, 6, 10, 1, 256, 6, 2, SINGLE, pad=True),

@@ -86,13 +86,13 @@ class Problem:
         return {"out": out.detach(), **{f"d{name}": g for name, g in zip(names, gradients, strict=True)}}
 
 
-def check(problem: Problem, factor: float = 2.0) -> dict[str, Tensor]:
+def check(problem: Problem) -> dict[str, Tensor]:
     """One problem: output and every gradient within budget."""
     tensors = problem.tensors()
     truth, baseline = problem.run(tensors, "torch", torch.float64), problem.run(tensors, "torch")
     actual = problem.run(tensors, "triton")
     # A bias gradient is wider than what it is made from: its budget is that of the inputs' precision.
-    assert_within_budget(actual, truth, baseline, precision=problem.dtype, factor=factor)
+    assert_within_budget(actual, truth, baseline, precision=problem.dtype)
     return actual
 
 
@@ -141,8 +141,7 @@ def test_interpreted(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*SMALL, *LARGE])
 def test_on_gpu(name):
-    # Scalar products over 256 channels are one chain of sums here: measured 2.6 times the error of cuBLAS.
-    check((SMALL | LARGE)[name], factor=3.0 if name == "16-D256-single" else 2.0)
+    check((SMALL | LARGE)[name])
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .triton.arguments import new_statistics
 from .triton.configs import is_short, keeps_statistics
 
 # `custom_op` would be shorter; its Python layers cost ten times as much per call as these, more than a small kernel.
@@ -22,7 +23,7 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "window_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor? lse, "
+    "window_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor? statistics, "
     "Tensor? bias, Tensor? mask, Tensor? seed, float scale, float dropout_p, bool needs_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -51,9 +52,10 @@ def _forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output, strides ordered as those of query, and base-2 log-sum-exp.
+    """Output, strides ordered as those of query, and statistics of the rows of scores.
 
-    The latter is fp32 `[B*W, H, N]`, +inf for a row that sees nothing, and empty unless `configs.keeps_statistics`.
+    The latter are fp32 `[1 or 2, B*W, H, N]`, see `triton.arguments.rows_of_statistics`, and `[0]` unless
+    `configs.keeps_statistics`.
 
     Args:
         query, key, value, bias, mask: as in `api.window_attention`.
@@ -71,8 +73,11 @@ def _forward(
 
 @torch.library.register_fake("vitreous_flash_window::window_attention", lib=_library)
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = query.shape[:3] if _keeps_statistics(query) else 0
-    return torch.empty_like(query), query.new_empty(rows, dtype=torch.float32)
+    if _keeps_statistics(query):
+        statistics = new_statistics(query, *query.shape[:3])
+    else:
+        statistics = query.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(query), statistics
 
 
 @torch.library.impl(_library, "window_attention_backward", "CompositeExplicitAutograd")
@@ -82,7 +87,7 @@ def _backward(
     key: Tensor,
     value: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    statistics: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
@@ -90,23 +95,23 @@ def _backward(
     dropout_p: float,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias (empty unless `needs_bias`); `out` and `lse` as `_forward` keeps."""
+    """Gradients of query, key, value and bias (empty unless `needs_bias`); `out`, `statistics` as `_forward` keeps."""
     if _is_short(query):
         from .triton.window_backward import launch_backward
 
-        return launch_backward(dout, query, key, value, out, lse, bias, mask, seed, scale, dropout_p, needs_bias)
+        return launch_backward(dout, query, key, value, out, statistics, bias, mask, seed, scale, dropout_p, needs_bias)
     from .triton.long_backward import launch_long_backward
 
     assert out is not None
-    assert lse is not None
+    assert statistics is not None
     return launch_long_backward(
-        dout, query, key, value, out, lse, bias, mask, seed, scale, dropout_p, needs_bias
+        dout, query, key, value, out, statistics, bias, mask, seed, scale, dropout_p, needs_bias
     )  # fmt: skip
 
 
 @torch.library.register_fake("vitreous_flash_window::window_attention_backward", lib=_library)
 def _(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, lse: Tensor | None,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, statistics: Tensor | None,
     bias: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needs_bias = rest[-1]
@@ -128,25 +133,25 @@ def _keeps_statistics(query: Tensor) -> bool:
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Saves query, key, value, bias and mask; where needed the output and log-sum-exp; never scores."""
+    """Saves query, key, value, bias and mask; where needed the output and statistics; never scores."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _window_attention(*arguments)
+            out, statistics = _window_attention(*arguments)
         query, key, value, bias, mask, seed, *ctx.numbers = arguments
-        ctx.mark_non_differentiable(lse)
-        kept = (out, lse) if _keeps_statistics(query) else (None, None)
+        ctx.mark_non_differentiable(statistics)
+        kept = (out, statistics) if _keeps_statistics(query) else (None, None)
         ctx.save_for_backward(query, key, value, *kept, bias, mask, seed)
-        return out, lse
+        return out, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
-        query, key, value, out, lse, bias, mask, seed = ctx.saved_tensors
+        query, key, value, out, statistics, bias, mask, seed = ctx.saved_tensors
         needs_bias = bias is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dbias = _window_attention_backward(
-            dout, query, key, value, out, lse, bias, mask, seed, *ctx.numbers, needs_bias
+            dout, query, key, value, out, statistics, bias, mask, seed, *ctx.numbers, needs_bias
         )
         return dq, dk, dv, dbias if needs_bias else None, *[None] * 4
 

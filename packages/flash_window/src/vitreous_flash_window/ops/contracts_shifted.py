@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .triton.arguments import rows_of_statistics
 from .triton.shifted_arguments import Problem, with_contiguous_rows
 from .triton.shifted_configs import LARGEST_TILE, fits_on_chip
 
@@ -24,7 +25,7 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "shifted_window_attention_backward(Tensor dout, Tensor qkv, Tensor? out, Tensor? lse, Tensor? bias_table, "
+    "shifted_window_attention_backward(Tensor dout, Tensor qkv, Tensor? out, Tensor? statistics, Tensor? bias_table, "
     f"Tensor? pad_qkv, Tensor? logit_scale, Tensor? seed, {_NUMBERS}, bool needs_table, bool needs_pad, "
     "bool needs_logit) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -65,7 +66,9 @@ def _forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, height, width, C]` and base-2 log-sum-exp fp32 `[B*W, H, N]` (empty for windows of one chunk).
+    """Output `[B, height, width, C]` and statistics of the rows of scores.
+
+    The latter are fp32 `[1 or 2, B*W, H, N]`, see `triton.arguments.rows_of_statistics`; `[0]` for windows of one tile.
 
     Args:
         qkv, bias_table, pad_qkv, logit_scale, num_heads, window_size, shift_size: as in `api`.
@@ -93,7 +96,7 @@ def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows: tuple[Any, ...] = (0,)
     if _keeps_output(qkv, num_heads, window_size):
         windows = batch * (-(-height // window_size)) * (-(-width // window_size))
-        rows = (windows, num_heads, window_size**2)
+        rows = (rows_of_statistics(qkv.dtype), windows, num_heads, window_size**2)
     return out, qkv.new_empty(rows, dtype=torch.float32)
 
 
@@ -102,7 +105,7 @@ def _backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    statistics: Tensor | None,
     bias_table: Tensor | None,
     pad_qkv: Tensor | None,
     logit_scale: Tensor | None,
@@ -118,7 +121,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv (contiguous), table, padding and logit scale, the last three empty unless needed.
 
-    `out` and `lse` are given where the forward pass left a log-sum-exp.
+    `out` and `statistics` are given where the forward pass left the latter.
     """
     dout = with_contiguous_rows(dout)
     problem = Problem(
@@ -129,16 +132,16 @@ def _backward(
     if _is_short(qkv, num_heads, window_size):
         from .triton.shifted_backward import launch_shifted_backward
 
-        return launch_shifted_backward(dout, out, lse, problem, *needs)
+        return launch_shifted_backward(dout, out, statistics, problem, *needs)
     from .triton.shifted_long_backward import launch_shifted_long_backward
 
     assert out is not None
-    assert lse is not None
-    return launch_shifted_long_backward(dout, problem.qkv, out, lse, *problem[1:], *needs)
+    assert statistics is not None
+    return launch_shifted_long_backward(dout, problem.qkv, out, statistics, *problem[1:], *needs)
 
 
 @torch.library.register_fake("vitreous_flash_window::shifted_window_attention_backward", lib=_library)
-def _(dout: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _(dout: Tensor, qkv: Tensor, out: Tensor | None, statistics: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     shared = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else qkv.new_empty(0)
         for tensor, needed in zip(rest[:3], rest[-3:], strict=True)
@@ -152,24 +155,24 @@ def _is_short(qkv: Tensor, num_heads: int, window_size: int) -> bool:
 
 
 def _keeps_output(qkv: Tensor, num_heads: int, window_size: int) -> bool:
-    """Whether the backward pass needs output and log-sum-exp: not where it holds a whole window."""
+    """Whether the backward pass needs output and statistics: not where it holds a whole window."""
     return window_size**2 > LARGEST_TILE or not _is_short(qkv, num_heads, window_size)
 
 
 class _ShiftedWindowAttention(torch.autograd.Function):
-    """Saves the inputs; of windows of several chunks the output and log-sum-exp too; never the scores."""
+    """Saves the inputs; of windows of several chunks the output and statistics too; never the scores."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _shifted_window_attention(*arguments)
+            out, statistics = _shifted_window_attention(*arguments)
         qkv, *others = arguments[:5]
         ctx.numbers = arguments[5:]
-        ctx.mark_non_differentiable(lse)
+        ctx.mark_non_differentiable(statistics)
         num_heads, window_size, *_ = ctx.numbers
-        kept = (out, lse) if _keeps_output(qkv, num_heads, window_size) else (None, None)
+        kept = (out, statistics) if _keeps_output(qkv, num_heads, window_size) else (None, None)
         ctx.save_for_backward(qkv, *kept, *others)
-        return out, lse
+        return out, statistics
 
     @staticmethod
     @once_differentiable

@@ -57,6 +57,30 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def rows_of_statistics(dtype: torch.dtype) -> int:
+    """How many numbers the forward pass keeps of a row of scores: two of fp32 inputs, else one.
+
+    They are its maximum and the inverse sum of `exp2(score - maximum)`, so that the backward pass computes the very
+    weights of the forward pass; or the base-2 log-sum-exp, which is rounded at its own size: all weights of a row are
+    off by a common factor, below the digits of half precision but several times those of fp32.
+    """
+    return 2 if dtype == torch.float32 else 1
+
+
+def new_statistics(like: Tensor, *rows: int) -> Tensor:
+    """Room for the statistics `[1 or 2, *rows]` of inputs like this one, fp32."""
+    return like.new_empty((rows_of_statistics(like.dtype), *rows), dtype=torch.float32)
+
+
+def split_statistics(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is to be subtracted from the scores, and what their `exp2` is to be multiplied by, if by anything.
+
+    The former is +inf for a row that sees nothing, so that all its weights are zero.
+    """
+    first, *second = statistics
+    return first, second[0] if second else None
+
+
 def dropout_numbers(dropout_p: float) -> tuple[int, float]:
     """Random words below the first number are dropped; the second scales what is kept."""
     return threshold(dropout_p), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)

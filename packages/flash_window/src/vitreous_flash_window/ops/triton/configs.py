@@ -56,7 +56,7 @@ def is_short(dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
 
 
 def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
-    """Whether the backward pass needs output and log-sum-exp: not where one tile holds all scores of a window."""
+    """Whether the backward pass needs output and statistics: not where one tile holds all scores of a window."""
     return tokens > LARGEST_TILE or not fits_on_chip(tokens, head_dim, itemsize)
 
 

@@ -21,7 +21,7 @@ from ..reference import NORM_EPS as _NORM_EPS
 from ..reference import REGION_PENALTY as _REGION_PENALTY
 from .shifted_arguments import NO_PADDING as _NO_PADDING
 from .shifted_arguments import TOKEN_PADDING as _TOKEN_PADDING
-from .tile_math import LOG2E, in_base_2
+from .tile_math import LOG2E, channel_product, in_base_2
 
 NO_PADDING, TOKEN_PADDING = tl.constexpr(_NO_PADDING), tl.constexpr(_TOKEN_PADDING)
 REGION_PENALTY = tl.constexpr(_REGION_PENALTY)
@@ -195,7 +195,7 @@ def window_scores(rows, columns, addend, factor, COSINE: tl.constexpr, PRECISION
     Cosines are products of the raw rows, divided by the norms afterwards: normalised rows of a half dtype would be
     rounded, and a factor of up to 100 would show it.
     """
-    scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+    scores = channel_product(rows, columns, PRECISION)
     if COSINE:
         scores = scores * (inverse_norms(rows) * (factor * LOG2E))[:, None] * inverse_norms(columns)[None, :]
     else:

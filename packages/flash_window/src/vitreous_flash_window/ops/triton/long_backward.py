@@ -1,4 +1,4 @@
-"""Backward of long windows, for cut windows and for the image: each pass recomputes the weights from `lse`.
+"""Backward of long windows, for cut windows and for the image: each pass recomputes the weights.
 
 `_long_bwd_dq_kernel` walks over keys and also leaves `delta = rowsum(dout * out)` for the others;
 `_long_bwd_dkv_kernel` walks over queries; `long_bias_gradient` sums over windows. No atomics: reruns agree bitwise.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import NORM_EPS as _NORM_EPS
-from .arguments import device_of
+from .arguments import device_of, split_statistics
 from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, rows_contiguous, writable
 from .long_bias import prepare_bias
 from .long_bias_gradient import bias_partials
@@ -39,14 +39,14 @@ from .long_tiles import (
     split_program,
     store_output,
 )
-from .tile_math import LOG2E, dropout_keep, operand
+from .tile_math import LOG2E, channel_product, dropout_keep, operand
 
 NORM_EPS = tl.constexpr(_NORM_EPS)
 
 
 @triton.jit(do_not_specialize=COUNTS[:-1])
 def _long_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, logit_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, inverse_ptr, delta_ptr, dq_ptr, logit_ptr,
     bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_oi, stride_oh, stride_oy, stride_ox,
@@ -88,7 +88,7 @@ def _long_bwd_dq_kernel(
     k_pad = pad_distance(pad_ptr, k_ptr, 1, heads, HEAD_DIM, ALIGN) if PADDED else 0
     v_pad = pad_distance(pad_ptr, v_ptr, 2, heads, HEAD_DIM, ALIGN) if PADDED else 0
 
-    queries, douts, query_norms, lses, deltas, totals = (), (), (), (), (), ()
+    queries, douts, query_norms, lses, inverses, deltas, totals = (), (), (), (), (), (), ()
     masses, exact_deltas, mean_keys, mean_cosines, cosine_sums = (), (), (), (), ()
     for g in tl.static_range(COMPANIONS):
         image = tl.minimum(first_image + g, images - 1)
@@ -111,6 +111,8 @@ def _long_bwd_dq_kernel(
         unit_row = ((image * windows + window).to(tl.int64) * heads + head) * tokens + row
         is_own = query < tl.where(first_image + g < images, tokens, 0)
         lses = lses + (tl.load(lse_ptr + unit_row),)
+        if inverse_ptr is not None:
+            inverses = inverses + (tl.load(inverse_ptr + unit_row),)
         totals = totals + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
         if COSINE:
             query_norms = query_norms + (tl.load(norm_ptr + unit_row),)
@@ -146,7 +148,7 @@ def _long_bwd_dq_kernel(
                 SIDE, PADDED, ALIGN, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
 
-            scores = tl.dot(queries[g], tl.trans(k), input_precision=PRECISION)
+            scores = channel_product(queries[g], k, PRECISION)
             if COSINE:
                 unit_head = ((images + image) * windows + window).to(tl.int64) * heads + head
                 key_norms = tl.load(norm_ptr + unit_head * tokens + inside)
@@ -157,7 +159,9 @@ def _long_bwd_dq_kernel(
             if BIAS or (MASK != NO_MASK) or TAIL:
                 scores += addend
             weights = tl.exp2(scores - lses[g][:, None])
-            dweights = tl.dot(douts[g], tl.trans(v), input_precision=PRECISION)
+            if inverse_ptr is not None:
+                weights *= inverses[g][:, None]
+            dweights = channel_product(douts[g], v, PRECISION)
             if DROPOUT:
                 window_head = (image * windows + window) * heads + head
                 keep = dropout_keep(seed_ptr, window_head, query[:, None], key[None, :], threshold)
@@ -184,7 +188,7 @@ def _long_bwd_dq_kernel(
         image = tl.minimum(first_image + g, images - 1)
         is_own = query < tl.where(first_image + g < images, tokens, 0)
         if COSINE:
-            # One, but for the rounding of `lse`.
+            # One, but for rounding.
             mass = tl.where(masses[g] > 0.0, masses[g], 1.0)
             delta = exact_deltas[g] / mass
             gradient = totals[g] + (deltas[g] - delta)[:, None] * mean_keys[g]
@@ -203,7 +207,7 @@ def _long_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=COUNTS[:-1])
 def _long_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, inverse_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
     bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_gi, stride_gh, stride_gy, stride_gx,
@@ -292,8 +296,10 @@ def _long_bwd_dkv_kernel(
                 lse = tl.load(lse_ptr + unit_row + query, mask=query < tokens, other=float("inf"))
             else:
                 lse = tl.load(lse_ptr + unit_row + query)
+            if inverse_ptr is not None:
+                inverse = tl.load(inverse_ptr + unit_row + inside)
 
-            scores = tl.dot(keys[g], tl.trans(q), input_precision=PRECISION)  # [keys, queries]
+            scores = channel_product(keys[g], q, PRECISION)  # [keys, queries]
             if COSINE:
                 query_norms = tl.load(norm_ptr + unit_row + inside)
                 scores *= (key_norms[g] * (factor * LOG2E))[:, None] * query_norms[None, :]
@@ -302,7 +308,9 @@ def _long_bwd_dkv_kernel(
             if BIAS or (MASK != NO_MASK):
                 scores += addend
             weights = tl.exp2(scores - lse[None, :])
-            dweights = tl.dot(values[g], tl.trans(dout), input_precision=PRECISION)
+            if inverse_ptr is not None:
+                weights *= inverse[None, :]
+            dweights = channel_product(values[g], dout, PRECISION)
             kept = weights
             if DROPOUT:
                 window_head = (image * windows + window) * heads + head
@@ -362,7 +370,7 @@ class Gradients(NamedTuple):
 
 
 def launch_long_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, bias: Tensor | None,
     mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of cut windows; see `contracts.window_attention_backward`."""
@@ -377,17 +385,17 @@ def launch_long_backward(
     dout = rows_contiguous(dout)
     turned_bias = None if bias is None else prepare_bias(bias, turned=True)
     written = Gradients(*(writable(tensor) for tensor in wanted))
-    delta = run_backward(call, turned_bias, dout, rows_contiguous(out), lse, written)
+    delta = run_backward(call, turned_bias, dout, rows_contiguous(out), statistics, written)
     for source, target in zip(written[:3], wanted, strict=True):
         deliver(source, target)
     if needs_bias:
         # A sum over the first of several dimensions: in order, without atomics.
-        dbias = bias_partials(call, dout, lse, delta).sum(0).to(bias.dtype)
+        dbias = bias_partials(call, dout, statistics, delta).sum(0).to(bias.dtype)
     return *wanted, dbias
 
 
 def run_backward(
-    call: Call, turned_bias: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor, gradients: Gradients
+    call: Call, turned_bias: Tensor | None, dout: Tensor, out: Tensor, statistics: Tensor, gradients: Gradients
 ) -> Tensor:
     """Fill the gradients of query, key and value; `turned_bias` is the bias transposed.
 
@@ -395,6 +403,7 @@ def run_backward(
         `delta`, fp32 `[B*W, H, N]`, as the gradient of the bias needs it.
     """
     config = call.config
+    lse, inverse = split_statistics(statistics)
     delta = torch.empty_like(lse)
     out_strides, out_align = output_strides(out)
     dout_strides, dout_align = output_strides(dout)
@@ -403,14 +412,15 @@ def run_backward(
     dv_strides, dv_align = output_strides(gradients.dvalue)
     with device_of(dout):
         _long_bwd_dq_kernel[(call.programs(config.dq),)](
-            call.query, call.key, call.value, out, dout, lse, delta, gradients.dquery, gradients.logit_rows,
+            call.query, call.key, call.value, out, dout, lse, inverse, delta, gradients.dquery, gradients.logit_rows,
             *call.pointers, *call.strides, *out_strides, *dout_strides, *dq_strides, *call.numbers, call.scale,
             **call.options(config.dq), OUT_ALIGN=out_align, DOUT_ALIGN=dout_align, DQ_ALIGN=dq_align,
         )  # fmt: skip
         turned = replace(call, bias=turned_bias)
         _long_bwd_dkv_kernel[(call.programs(config.dkv),)](
-            call.query, call.key, call.value, dout, lse, delta, gradients.dkey, gradients.dvalue, gradients.padding,
-            *turned.pointers, *call.strides, *dout_strides, *dk_strides, *dv_strides, *turned.numbers, call.scale,
+            call.query, call.key, call.value, dout, lse, inverse, delta, gradients.dkey, gradients.dvalue,
+            gradients.padding, *turned.pointers, *call.strides, *dout_strides, *dk_strides, *dv_strides,
+            *turned.numbers, call.scale,
             **call.options(config.dkv), DOUT_ALIGN=dout_align, DK_ALIGN=dk_align, DV_ALIGN=dv_align,
         )  # fmt: skip
     return delta

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of
+from .arguments import device_of, split_statistics
 from .long_arguments import COUNTS, Call, output_strides
 from .long_tiles import (
     NO_MASK,
@@ -27,7 +27,7 @@ from .long_tiles import (
     place_tokens,
     regions,
 )
-from .tile_math import LOG2E, dropout_keep, part_range
+from .tile_math import LOG2E, channel_product, dropout_keep, part_range
 
 _PROGRAMS = 1056
 """Programs wanted per launch: some waves on the largest GPUs."""
@@ -38,7 +38,7 @@ _LARGEST_WORKSPACE = 2**27
 
 @triton.jit(do_not_specialize=COUNTS)
 def _long_bwd_bias_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, partial_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, inverse_ptr, delta_ptr, partial_ptr,
     bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_gi, stride_gh, stride_gy, stride_gx,
@@ -101,8 +101,10 @@ def _long_bwd_bias_kernel(
         unit_head = (image * windows + window).to(tl.int64) * heads + head
         lse = tl.load(lse_ptr + unit_head * tokens + row)
         delta = tl.load(delta_ptr + unit_head * tokens + row)
+        if inverse_ptr is not None:
+            inverse = tl.load(inverse_ptr + unit_head * tokens + row)
 
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = channel_product(q, k, PRECISION)
         if COSINE:
             q_inverse = tl.load(norm_ptr + unit_head * tokens + row)
             unit_head = ((images + image) * windows + window).to(tl.int64) * heads + head
@@ -118,7 +120,9 @@ def _long_bwd_bias_kernel(
             mask_base = mask_ptr + window.to(tl.int64) * tokens * tokens if MASK != REGIONS else 0
             scores += mask_tile(bias, mask_base, query[:, None], key[None, :], q_region, k_region, tokens, MASK)
         weights = tl.exp2(scores - lse[:, None])
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if inverse_ptr is not None:
+            weights *= inverse[:, None]
+        dweights = channel_product(dout, v, PRECISION)
         if DROPOUT:
             window_head = (image * windows + window) * heads + head
             keep = dropout_keep(seed_ptr, window_head, query[:, None], key[None, :], threshold)
@@ -130,7 +134,7 @@ def _long_bwd_bias_kernel(
     tl.store(base + offset, total, mask=(query < tokens)[:, None] & (key < tokens)[None, :])
 
 
-def bias_partials(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def bias_partials(call: Call, dout: Tensor, statistics: Tensor, delta: Tensor) -> Tensor:
     """Gradient of the bias as fp32 partial sums `[parts, H, N, N]`, each over its own run of windows."""
     geometry, tile = call.geometry, call.config.bias
     heads, tokens = geometry.heads, geometry.tokens
@@ -140,8 +144,8 @@ def bias_partials(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tenso
     dout_strides, dout_align = output_strides(dout)
     with device_of(dout):
         _long_bwd_bias_kernel[(tiles * parts,)](
-            call.query, call.key, call.value, dout, lse, delta, partials, *call.pointers,
-            *call.strides, *dout_strides, *call.numbers, parts,
+            call.query, call.key, call.value, dout, *split_statistics(statistics), delta, partials,
+            *call.pointers, *call.strides, *dout_strides, *call.numbers, parts,
             **call.options(tile), DOUT_ALIGN=dout_align,
         )  # fmt: skip
     return partials

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of
+from .arguments import device_of, new_statistics, split_statistics
 from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, writable
 from .long_bias import prepare_bias
 from .long_tiles import (
@@ -30,12 +30,12 @@ from .long_tiles import (
     split_program,
     store_output,
 )
-from .tile_math import LOG2E, dropout_keep, operand
+from .tile_math import LOG2E, channel_product, dropout_keep, operand
 
 
 @triton.jit(do_not_specialize=COUNTS[:-1])
 def _long_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, pad_ptr, seed_ptr, norm_ptr, factor_ptr,
     stride_qi, stride_qh, stride_qy, stride_qx, stride_ki, stride_kh, stride_ky, stride_kx,
     stride_vi, stride_vh, stride_vy, stride_vx, stride_oi, stride_oh, stride_oy, stride_ox,
     bias_head, bias_row,
@@ -46,7 +46,7 @@ def _long_fwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     COMPANIONS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out = softmax(scores) v` and `lse = log2 sum exp2(scores)`, +inf for a row that sees nothing.
+    """`out = softmax(scores) v`, and the statistics of the rows as in `arguments.split_statistics`.
 
     Grid: strips x image groups x windows x heads.
     """
@@ -104,7 +104,7 @@ def _long_fwd_kernel(
                 k_ptr, k_pad, image, window, head, windows, k_y, k_x, k_strides, geometry, offs_d,
                 SIDE, PADDED, ALIGN, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            scores = tl.dot(queries[g], tl.trans(k), input_precision=PRECISION)
+            scores = channel_product(queries[g], k, PRECISION)
             if COSINE:
                 unit_head = ((images + image) * windows + window).to(tl.int64) * heads + head
                 key_norms = tl.load(norm_ptr + unit_head * tokens + inside)
@@ -138,9 +138,13 @@ def _long_fwd_kernel(
         is_own = query < tl.where(first_image + g < images, tokens, 0)
         sees = sums[g] > 0.0
         row_sum = tl.where(sees, sums[g], 1.0)
-        lse = tl.where(sees, peaks[g] + tl.log2(row_sum), float("inf"))
+        lse = peaks[g]
         unit_head = (image * windows + window).to(tl.int64) * heads + head
-        tl.store(lse_ptr + unit_head * tokens + query, lse, mask=is_own)
+        if inverse_ptr is None:
+            lse += tl.log2(row_sum)
+        else:
+            tl.store(inverse_ptr + unit_head * tokens + query, 1.0 / row_sum, mask=is_own)
+        tl.store(lse_ptr + unit_head * tokens + query, tl.where(sees, lse, float("inf")), mask=is_own)
         store_output(
             out_ptr, totals[g] / row_sum[:, None], is_own, image, window, head, windows, q_y, q_x, o_strides, geometry,
             offs_d, SIDE, PADDED, OUT_ALIGN, HEAD_DIM,
@@ -151,25 +155,25 @@ def launch_long_forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp of cut windows; see `contracts.window_attention`."""
+    """Output and statistics of cut windows; see `contracts.window_attention`."""
     out = torch.empty_like(query)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    statistics = new_statistics(query, *query.shape[:3])
     if query.numel():
         bias = None if bias is None else prepare_bias(bias, turned=False)
         call = cut_call(query, key, value, bias, mask, seed, scale, dropout_p)
         written = writable(out)
-        run_forward(call, written, lse)
+        run_forward(call, written, statistics)
         deliver(written, out)
-    return out, lse
+    return out, statistics
 
 
-def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:
-    """Fill `out` and `lse`."""
+def run_forward(call: Call, out: Tensor, statistics: Tensor) -> None:
+    """Fill `out` and `statistics`."""
     tile = call.config.forward
     out_strides, out_align = output_strides(out)
     with device_of(out):
         _long_fwd_kernel[(call.programs(tile),)](
-            call.query, call.key, call.value, out, lse, *call.pointers,
+            call.query, call.key, call.value, out, *split_statistics(statistics), *call.pointers,
             *call.strides, *out_strides, *call.numbers,
             **call.options(tile), OUT_ALIGN=out_align,
         )  # fmt: skip

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of
+from .arguments import device_of, split_statistics
 from .bias_gradient import fold_partials, fold_rows
 from .image_addressing import (
     NO_PADDING,
@@ -37,7 +37,7 @@ from .image_addressing import (
     windows_of_part,
 )
 from .shifted_arguments import PLANS, RUNTIME_NUMBERS, Launch, Problem, Shape
-from .tile_math import LOG2E, dropout_keep, operand, score_gradients, softmax_numerators
+from .tile_math import LOG2E, channel_product, dropout_keep, operand, score_gradients, softmax_numerators
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _shifted_bwd_closed_kernel(
         scores = window_scores(q, k, addend, factor, COSINE, PRECISION)
         weights, inverse_sum = softmax_numerators(scores)
         weights *= inverse_sum[:, None]
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        dweights = channel_product(dout, v, PRECISION)
         kept = weights
         if DROPOUT:
             keep = dropout_keep(seed_ptr, window_head, tokens[:, None], tokens[None, :], threshold)
@@ -211,7 +211,8 @@ def _shifted_bwd_queries_kernel(
 
     `delta` is `rowsum(dout out)` too, which costs less but inherits the rounding of `out`. Cosine scores of up to 100
     make weights so sharp that `dP - delta` cancels and that rounding shows; so does the rounding of a log-sum-exp of
-    that size. There `delta` comes from the weights, and the inverse of their sums is left too, to be exact.
+    that size. There `delta` comes from the weights, and `inverse_ptr` gets the inverse of their sums, to be exact;
+    else it holds that of the forward pass, if it was kept.
 
     Grid: parts of the windows x strips of queries x heads, the last fastest.
     """
@@ -267,7 +268,7 @@ def _shifted_bwd_queries_kernel(
                     WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
                 )  # fmt: skip
                 weights = tl.exp2(window_scores(q, k, addends[c] - lse[:, None], factor, COSINE, PRECISION))
-                dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                dweights = channel_product(dout, v, PRECISION)
                 if DROPOUT:
                     keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
@@ -277,6 +278,8 @@ def _shifted_bwd_queries_kernel(
             delta *= inverse
             tl.store(inverse_ptr + of_rows, inverse, mask=rows < TOKENS)
         else:
+            if inverse_ptr is not None:
+                inverse = tl.load(inverse_ptr + of_rows, mask=rows < TOKENS, other=0.0)
             out_image = out_ptr + image.to(tl.int64) * height * width * channels
             stride_ox = channels // ALIGN
             out = load_tokens(
@@ -297,12 +300,12 @@ def _shifted_bwd_queries_kernel(
                 WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
             )  # fmt: skip
             scores = window_scores(q, k, addends[c] - lse[:, None], factor, COSINE, PRECISION)
-            dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            dweights = channel_product(dout, v, PRECISION)
             if DROPOUT:
                 keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
                 dweights = tl.where(keep, dweights * keep_scale, 0.0)
             weights = tl.exp2(scores)
-            if COSINE:
+            if inverse_ptr is not None:
                 weights *= inverse[:, None]
             dscores = weights * (dweights - delta[:, None])
             if NEEDS_BIAS:
@@ -395,10 +398,10 @@ def _shifted_bwd_keys_kernel(
             lse = tl.load(lse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=float("inf"))
             delta = tl.load(delta_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
             weights = tl.exp2(window_scores(k, q, addends[c] - lse[None, :], factor, COSINE, PRECISION))
-            if COSINE:
+            if inverse_ptr is not None:
                 inverse = tl.load(inverse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
                 weights *= inverse[None, :]
-            dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dweights = channel_product(v, dout, PRECISION)
             kept = weights
             if DROPOUT:
                 keep = dropout_keep(seed_ptr, window_head, columns[c][None, :], rows[:, None], threshold)
@@ -463,7 +466,7 @@ def _plan(shape: Shape, needs_table: bool, sums_pad: bool, needs_logit: bool) ->
 
 
 def launch_shifted_backward(
-    dout: Tensor, out: Tensor | None, lse: Tensor | None, problem: Problem,
+    dout: Tensor, out: Tensor | None, statistics: Tensor | None, problem: Problem,
     needs_table: bool, needs_pad: bool, needs_logit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv (contiguous), table, padding and logit scale; the last three empty unless needed."""
@@ -495,8 +498,10 @@ def launch_shifted_backward(
                 *pointers, dqkv, bias_parts, pad_parts, logit_parts, *arguments, **first.constants
             )
         else:
+            lse, inverse = split_statistics(statistics)
             delta = torch.empty_like(lse)
-            inverse = torch.empty_like(lse) if shape.has_logit_scale else None
+            if shape.has_logit_scale:
+                inverse = torch.empty_like(lse)
             _shifted_bwd_queries_kernel[first.grid](
                 *pointers, out, lse, delta, inverse, dqkv, bias_parts, logit_parts, *arguments, **first.constants
             )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of
+from .arguments import device_of, rows_of_statistics, split_statistics
 from .image_addressing import (
     chunk_tokens,
     load_tokens,
@@ -30,7 +30,7 @@ from .tile_math import dropout_keep, operand
 
 @triton.jit(do_not_specialize=RUNTIME_NUMBERS)
 def _shifted_fwd_kernel(
-    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr, out_ptr, lse_ptr,
+    qkv_ptr, pad_ptr, table_ptr, logit_ptr, seed_ptr, out_ptr, lse_ptr, inverse_ptr,
     stride_b, stride_y, stride_x, stride_gb, stride_gy, stride_gx, stride_entry, stride_head,
     images, height, width, window_rows, window_columns, heads, load, scale, threshold, keep_scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, COSINE: tl.constexpr,
@@ -38,7 +38,7 @@ def _shifted_fwd_kernel(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`out = softmax(scale q k^T + bias + penalty) v`, and log-sum-exp in base 2 unless `lse_ptr` is None.
+    """`out = softmax(scale q k^T + bias + penalty) v`, and the statistics of the rows unless `lse_ptr` is None.
 
     A program owns some rows of one head's score matrix and walks over windows. Programs that are neighbours do the
     heads of one window at the same time, so that its pixels come from memory once.
@@ -105,29 +105,34 @@ def _shifted_fwd_kernel(
         )  # fmt: skip
         if lse_ptr is not None:
             of_rows = tl.cast(window_head, tl.int64) * TOKENS + rows
-            tl.store(lse_ptr + of_rows, largest + tl.log2(total), mask=rows < TOKENS)
+            if inverse_ptr is None:
+                largest += tl.log2(total)
+            else:
+                tl.store(inverse_ptr + of_rows, 1.0 / total, mask=rows < TOKENS)
+            tl.store(lse_ptr + of_rows, largest, mask=rows < TOKENS)
 
 
 @lru_cache(maxsize=PLANS)
 def _plan(shape: Shape) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:
-    """The launch, and the shapes of its output and log-sum-exp, `(0,)` where no backward pass needs that."""
+    """The launch, and the shapes of its output and statistics, `(0,)` where no backward pass needs these."""
     batch, height, width, _ = shape.image
-    lse = (shape.windows, shape.num_heads, shape.tokens) if shape.config.keys else (0,)
-    return shape.launch(shape.config.forward), (batch, height, width, shape.channels), lse
+    rows = (rows_of_statistics(shape.dtype), shape.windows, shape.num_heads, shape.tokens)
+    statistics = rows if shape.config.keys else (0,)
+    return shape.launch(shape.config.forward), (batch, height, width, shape.channels), statistics
 
 
 def launch_shifted_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output `[B, height, width, C]`, and base-2 log-sum-exp `[B*W, H, N]` (or `[0]`)."""
+    """Output `[B, height, width, C]`, and statistics `[1 or 2, B*W, H, N]` (or `[0]`)."""
     qkv = problem.qkv
     shape = problem.shape()
     if not qkv.numel():
         batch, height, width, _ = shape.image
         return qkv.new_empty((batch, height, width, shape.channels)), qkv.new_empty((0,), dtype=torch.float32)
-    launch, out_shape, lse_shape = _plan(shape)
-    out, lse = qkv.new_empty(out_shape), qkv.new_empty(lse_shape, dtype=torch.float32)
+    launch, out_shape, rows = _plan(shape)
+    out, statistics = qkv.new_empty(out_shape), qkv.new_empty(rows, dtype=torch.float32)
+    pointers = split_statistics(statistics) if shape.tokens > LARGEST_TILE else (None, None)
     with device_of(qkv):
         _shifted_fwd_kernel[launch.grid](
-            *problem.pointers(shape), out, lse if shape.tokens > LARGEST_TILE else None,
-            *launch.numbers, *problem.factors(), **launch.constants,
+            *problem.pointers(shape), out, *pointers, *launch.numbers, *problem.factors(), **launch.constants,
         )  # fmt: skip
-    return out, lse
+    return out, statistics

@@ -59,7 +59,7 @@ def _fold_table_kernel(
 
 
 def launch_shifted_long_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bias_table: Tensor | None, pad_qkv: Tensor | None,
+    dout: Tensor, qkv: Tensor, out: Tensor, statistics: Tensor, bias_table: Tensor | None, pad_qkv: Tensor | None,
     logit_scale: Tensor | None, seed: Tensor | None, num_heads: int, window_size: int, shift_size: int, scale: float,
     dropout_p: float, needs_table: bool, needs_pad: bool, needs_logit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -77,15 +77,15 @@ def launch_shifted_long_backward(
     heads, head_dim = geometry.heads, geometry.head_dim
     gradients = Gradients(
         *dqkv.unflatten(-1, (3, heads, head_dim)).unbind(3),
-        None if logit_scale is None else torch.empty(lse.shape, **small),
+        None if logit_scale is None else torch.empty(statistics.shape[1:], **small),
         torch.empty(geometry.units * strips, 2, heads, head_dim, **small) if geometry.has_padding else None,
     )
     turned_bias = None if bias_table is None else spread_table(bias_table, geometry.side, turned=True)
     dout, out = rows_contiguous(dout).unflatten(-1, (heads, head_dim)), out.unflatten(-1, (heads, head_dim))
-    delta = run_backward(call, turned_bias, dout, out, lse, gradients)
+    delta = run_backward(call, turned_bias, dout, out, statistics, gradients)
     dtable = dpad = dlogit = qkv.new_empty(0)
     if needs_table:
-        dtable = _fold_table(bias_partials(call, dout, lse, delta), geometry).to(bias_table.dtype)
+        dtable = _fold_table(bias_partials(call, dout, statistics, delta), geometry).to(bias_table.dtype)
     if needs_pad:
         dpad = _padding_gradient(gradients.padding, pad_qkv)
     if needs_logit:

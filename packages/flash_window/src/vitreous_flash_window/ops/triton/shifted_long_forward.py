@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference import NORM_EPS as _NORM_EPS
 from ..reference import logit_factor
-from .arguments import device_of, padded_head_dim
+from .arguments import device_of, new_statistics, padded_head_dim
 from .long_arguments import COUNTS, NO_MASK, REGIONS, Call, Geometry, rows_contiguous
 from .long_bias import spread_table
 from .long_forward import run_forward
@@ -65,15 +65,15 @@ def launch_shifted_long_forward(
     qkv: Tensor, bias_table: Tensor | None, pad_qkv: Tensor | None, logit_scale: Tensor | None, seed: Tensor | None,
     num_heads: int, window_size: int, shift_size: int, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp of windows on the image; see `contracts_shifted`."""
+    """Output and statistics of windows on the image; see `contracts_shifted`."""
     batch, height, width, packed = qkv.shape
     out = qkv.new_empty(batch, height, width, packed // 3)
     geometry = image_geometry(qkv, num_heads, window_size, shift_size)
-    lse = qkv.new_empty(geometry.units, num_heads, geometry.tokens, dtype=torch.float32)
+    statistics = new_statistics(qkv, geometry.units, num_heads, geometry.tokens)
     if qkv.numel():
         call = image_call(geometry, qkv, bias_table, pad_qkv, logit_scale, seed, scale, dropout_p)
-        run_forward(call, out.unflatten(-1, (num_heads, -1)), lse)
-    return out, lse
+        run_forward(call, out.unflatten(-1, (num_heads, -1)), statistics)
+    return out, statistics
 
 
 def image_geometry(qkv: Tensor, num_heads: int, window_size: int, shift_size: int) -> Geometry:

@@ -178,6 +178,24 @@ def add_mask_tiles(
 
 
 @triton.jit
+def channel_product(rows, columns, PRECISION: tl.constexpr):
+    """`rows columns^T`, a sum over channels: of queries and keys, or of output gradients and values.
+
+    Scalar fp32 products of one pair are summed in a chain, whose rounding grows with its length: of 256 channels the
+    error was measured 2.6 times that of cuBLAS. Four chains of 64, added up, keep within twice.
+    """
+    CHANNELS: tl.constexpr = rows.shape[1]
+    if PRECISION == "ieee" and CHANNELS > 128:
+        PARTS: tl.constexpr = CHANNELS // 64
+        rows = tl.permute(tl.reshape(rows, rows.shape[0], PARTS, 64), 1, 0, 2)
+        columns = tl.permute(tl.reshape(columns, columns.shape[0], PARTS, 64), 1, 2, 0)
+        product = tl.sum(tl.dot(rows, columns, input_precision=PRECISION), 0)
+    else:
+        product = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def softmax_numerators(scores):
     """`exp2(scores - row maximum)`, zero in a row of minus infinities, and the inverse of its row sums."""
     largest = tl.max(scores, 1)

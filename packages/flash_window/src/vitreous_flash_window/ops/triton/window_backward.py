@@ -24,6 +24,7 @@ from .arguments import (
     dropout_numbers,
     outer_strides,
     padded_head_dim,
+    split_statistics,
     stride_alignment,
 )
 from .bias_gradient import fold_rows
@@ -33,6 +34,7 @@ from .tile_math import (
     LOG2E,
     add_mask_tiles,
     addend_tiles,
+    channel_product,
     dropout_keep,
     load_chunk,
     load_rows,
@@ -56,7 +58,7 @@ from .tile_math import (
     ]
 )  # fmt: skip
 def _window_bwd_rows_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, inverse_ptr, dq_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
     partials_ptr, delta_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
@@ -126,6 +128,8 @@ def _window_bwd_rows_kernel(
                 tl.store(delta_ptr + window_head * TOKENS + rows, delta, mask=is_row)
                 # Rows past the end weigh nothing.
                 lse = tl.load(lse_ptr + window_head * TOKENS + rows, mask=is_row, other=float("inf"))
+                if inverse_ptr is not None:
+                    inverse = tl.load(inverse_ptr + window_head * TOKENS + rows, mask=is_row, other=0.0)
             new_sums = ()
             for c in tl.static_range(CHUNKS):
                 k = load_chunk(
@@ -134,10 +138,12 @@ def _window_bwd_rows_kernel(
                 v = load_chunk(
                     v_base, c, offs_d, stride_vn * ALIGN, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
-                dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                scores = channel_product(q, k, PRECISION) * scale_log2 + addends[c]
+                dweights = channel_product(dout, v, PRECISION)
                 if ROWS < TOKENS:
                     weights = tl.exp2(scores - lse[:, None])
+                    if inverse_ptr is not None:
+                        weights *= inverse[:, None]
                 else:
                     largest = tl.maximum(tl.max(scores, 1), FLOOR)
                     weights = tl.exp2(scores - largest[:, None])
@@ -189,7 +195,7 @@ def _window_bwd_rows_kernel(
     ]
 )  # fmt: skip
 def _window_bwd_keys_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, inverse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
     stride_vw, stride_vh, stride_vn, stride_vd,
@@ -251,9 +257,13 @@ def _window_bwd_keys_kernel(
                 query = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
                 lse = tl.load(lse_ptr + window_head * TOKENS + query, mask=query < TOKENS, other=float("inf"))
                 delta = tl.load(delta_ptr + window_head * TOKENS + query, mask=query < TOKENS, other=0.0)
-                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + addends[c]
+                if inverse_ptr is not None:
+                    inverse = tl.load(inverse_ptr + window_head * TOKENS + query, mask=query < TOKENS, other=0.0)
+                scores = channel_product(k, q, PRECISION) * scale_log2 + addends[c]
                 weights = tl.exp2(scores - lse[None, :])
-                dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                if inverse_ptr is not None:
+                    weights *= inverse[None, :]
+                dweights = channel_product(v, dout, PRECISION)
                 kept = weights
                 if DROPOUT:
                     keep = dropout_keep(seed_ptr, window_head, query[None, :], rows[:, None], threshold)
@@ -274,7 +284,7 @@ def _window_bwd_keys_kernel(
 
 
 def launch_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, lse: Tensor | None,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, statistics: Tensor | None,
     bias: Tensor | None, mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value and bias (empty unless `needs_bias`); arguments as the operator's."""
@@ -300,6 +310,7 @@ def launch_backward(
         "TOKENS": tokens, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
+    lse, inverse = (None, None) if statistics is None else split_statistics(statistics)
     delta = None if lse is None else torch.empty_like(lse)
     with device_of(query):
         for tile in choose_rows(query.dtype, tokens, head_dim):
@@ -307,7 +318,8 @@ def launch_backward(
             rows = min(tile.strips * tile.rows, tokens - tile.first)
             partials = query.new_empty((parts, heads, rows, tokens), dtype=torch.float32) if needs_bias else None
             _window_bwd_rows_kernel[(parts * heads * tile.strips,)](
-                query, key, value, dout, out, lse, dq, dk, dv, bias, addend_pointer(mask), seed, partials, delta,
+                query, key, value, dout, out, lse, inverse, dq, dk, dv, bias, addend_pointer(mask), seed, partials,
+                delta,
                 *(stride for of_tensor in strides for stride in of_tensor), *addend_strides, *numbers, parts, *factors,
                 NEEDS_BIAS=needs_bias, FIRST=tile.first, STRIPS=tile.strips, ROWS=tile.rows, COLUMNS=tile.columns,
                 TAIL=tile.tail, num_warps=tile.warps, num_stages=tile.stages, **constants,
@@ -318,7 +330,7 @@ def launch_backward(
             for tile in choose_keys(query.dtype, tokens, head_dim):
                 parts = count_parts(query.device, tile, windows, heads)
                 _window_bwd_keys_kernel[(parts * heads * tile.strips,)](
-                    query, key, value, dout, lse, delta, dk, dv, bias, addend_pointer(mask), seed,
+                    query, key, value, dout, lse, inverse, delta, dk, dv, bias, addend_pointer(mask), seed,
                     *(stride for of_tensor in (*strides[:4], *strides[6:]) for stride in of_tensor), *addend_strides,
                     *numbers, parts, *factors, FIRST=tile.first, STRIPS=tile.strips, ROWS=tile.rows,
                     COLUMNS=tile.columns, TAIL=tile.tail, num_warps=tile.warps, num_stages=tile.stages, **constants,

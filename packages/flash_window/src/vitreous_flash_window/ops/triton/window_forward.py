@@ -20,8 +20,10 @@ from .arguments import (
     device_of,
     dot_precision,
     dropout_numbers,
+    new_statistics,
     outer_strides,
     padded_head_dim,
+    split_statistics,
     stride_alignment,
 )
 from .configs import choose_forward, count_parts, keeps_statistics
@@ -30,6 +32,7 @@ from .tile_math import (
     LOG2E,
     add_mask_tiles,
     addend_tiles,
+    channel_product,
     dropout_keep,
     load_chunk,
     load_rows,
@@ -50,7 +53,7 @@ from .tile_math import (
     ]
 )  # fmt: skip
 def _window_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, mask_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, seed_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
     stride_vw, stride_vh, stride_vn, stride_vd,
@@ -62,7 +65,9 @@ def _window_fwd_kernel(
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`o = softmax(scale q k^T + bias + mask) v`. Grid: parts x heads x strips of queries, the last fastest."""
+    """`o = softmax(scale q k^T + bias + mask) v`, and the statistics of the rows where a program holds not all columns.
+
+    Grid: parts x heads x strips of queries, the last fastest."""
     FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
@@ -98,7 +103,7 @@ def _window_fwd_kernel(
                 v = load_chunk(
                     v_base, c, offs_d, stride_vn * ALIGN, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + addends[c]
+                scores = channel_product(q, k, PRECISION) * scale_log2 + addends[c]
                 if c == 0:
                     largest = tl.maximum(tl.max(scores, 1), FLOOR)
                     weights = tl.exp2(scores - largest[:, None])
@@ -123,21 +128,26 @@ def _window_fwd_kernel(
             out *= (keep_scale / total)[:, None]
             store_rows(o_base, o_offsets, out, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             if ROWS < TOKENS:
-                lse = tl.where(is_blank, float("inf"), largest + tl.log2(total))
-                tl.store(lse_ptr + (window * heads + head) * TOKENS + rows, lse, mask=is_row)
+                lse = largest
+                of_rows = (window * heads + head) * TOKENS + rows
+                if inverse_ptr is None:
+                    lse += tl.log2(total)
+                else:
+                    tl.store(inverse_ptr + of_rows, 1.0 / total, mask=is_row)
+                tl.store(lse_ptr + of_rows, tl.where(is_blank, float("inf"), lse), mask=is_row)
 
 
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp (empty where a tile holds the window); arguments as the registered operator's."""
+    """Output and statistics (`[0]` where a tile holds the window); arguments as the registered operator's."""
     windows, heads, tokens, head_dim = query.shape
     out = torch.empty_like(query)
     kept = keeps_statistics(tokens, head_dim, query.element_size())
-    lse = query.new_empty((windows, heads, tokens) if kept else 0, dtype=torch.float32)
+    statistics = new_statistics(query, windows, heads, tokens) if kept else query.new_empty(0, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return out, statistics
     tensors = (query, key, value, out)
     outer = [outer_strides(tensor) for tensor in tensors]
     align = stride_alignment(*(stride for strides in outer for stride in strides))
@@ -145,11 +155,12 @@ def launch_forward(
         [*(s // align for s in strides), tensor.stride(3)] for strides, tensor in zip(outer, tensors, strict=True)
     )
     threshold, keep_scale = dropout_numbers(dropout_p)
+    pointers = split_statistics(statistics) if kept else (None, None)
     with device_of(query):
         for tile in choose_forward(query.dtype, tokens, head_dim):
             parts = count_parts(query.device, tile, windows, heads)
             _window_fwd_kernel[(parts * heads * tile.strips,)](
-                query, key, value, out, lse, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
+                query, key, value, out, *pointers, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
                 *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride()),
                 heads, windows, 1 if mask is None else mask.shape[0], parts,
                 scale * LOG2E.value, threshold, keep_scale,
@@ -158,4 +169,4 @@ def launch_forward(
                 FIRST=tile.first, STRIPS=tile.strips, ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail,
                 PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-    return out, lse
+    return out, statistics
