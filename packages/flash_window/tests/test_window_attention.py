@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from vitreous_core.errors import BackendUnsupported
 from vitreous_core.ops.block_sparse_attention.dropout import keep_mask
-from vitreous_flash_window import choose_backend, window_attention
-from vitreous_flash_window.ops import BACKENDS
+from vitreous_flash_window import choose_backend, shifted_window_attention, window_attention
+from vitreous_flash_window.ops import BACKENDS, api
 
 
 def dense(query, key, value, bias=None, mask=None, scale=None):
@@ -200,9 +200,36 @@ def test_whole_graph_compiles(draw):
 class TestBackends:
     def test_auto_is_triton_on_a_gpu_that_takes_the_problem(self):
         half, single, double = torch.float16, torch.float32, torch.float64
-        assert choose_backend("cuda", half, 49, 32) == choose_backend("cuda", single, 1024, 256) == "triton"
+        assert choose_backend("cuda", half, 49, 32) == choose_backend("cuda", half, 1024, 256) == "triton"
         assert choose_backend("cuda", double, 49, 32) == choose_backend("cuda", half, 49, 34) == "torch"
-        assert choose_backend("cpu", half, 49, 32) == "torch"
+        assert choose_backend("cpu", half, 49, 32) == choose_backend("cpu", single, 49, 32) == "torch"
+
+    @pytest.mark.parametrize(
+        ("tokens", "head_dim", "precision", "expected"),
+        [
+            (64, 128, "highest", "triton"),
+            (65, 32, "highest", "torch"),
+            (1024, 32, "high", "triton"),
+            (49, 132, "highest", "torch"),
+            (49, 256, "medium", "torch"),
+        ],
+    )
+    def test_auto_in_float32_is_triton_only_where_it_is_known_to_win(self, tokens, head_dim, precision, expected):
+        assert choose_backend("cuda", torch.float32, tokens, head_dim, precision) == expected
+
+    def test_auto_follows_the_matmul_precision(self, draw, monkeypatch):
+        seen = []
+        monkeypatch.setattr(api, "resolve", lambda backend, problem: seen.append(problem.matmul_precision) or "torch")
+        query = draw(1, 1, 4, 8)
+        before = torch.get_float32_matmul_precision()
+        try:
+            for precision in ("highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                window_attention(query, query, query, backend="auto")
+                shifted_window_attention(draw(1, 2, 2, 24), num_heads=1, window_size=2, backend="auto")
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert seen == ["highest", "highest", "high", "high"]
 
     def test_triton_refuses_with_every_reason(self, draw):
         query, mask = draw(1, 1, 4, 6), draw(1, 4, 4, grad=True)

@@ -88,7 +88,8 @@ def window_attention(
     scale = _checked_scale(scale, head_dim)
     _check_dropout(dropout_p)
     mask_needs_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    chosen = resolve(backend, Problem(query.device, query.dtype, tokens, head_dim, mask_needs_grad))
+    precision = _matmul_precision()
+    chosen = resolve(backend, Problem(query.device, query.dtype, tokens, head_dim, mask_needs_grad, precision))
     seed = _seed(dropout_seed, query.device) if dropout_p > 0 else None
     run = contracts.window_attention if chosen == "triton" else reference.window_attention
     return run(query, key, value, bias, mask, seed, scale, dropout_p)
@@ -181,7 +182,9 @@ def shifted_window_attention(
     head_dim = channels // num_heads
     scale = _checked_scale(scale, head_dim)
     _check_dropout(dropout_p)
-    chosen = resolve(backend, Problem(qkv.device, qkv.dtype, window_size**2, head_dim))
+    precision = _matmul_precision()
+    problem = Problem(qkv.device, qkv.dtype, window_size**2, head_dim, matmul_precision=precision)
+    chosen = resolve(backend, problem)
     seed = _seed(dropout_seed, qkv.device) if dropout_p > 0 else None
     run = contracts_shifted.shifted_window_attention if chosen == "triton" else reference.shifted_window_attention
     return run(
@@ -198,6 +201,12 @@ def _autocast(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
+
+
+@torch.compiler.assume_constant_result
+def _matmul_precision() -> str:
+    """Which Dynamo cannot ask for; its guards compile anew when it changes."""
+    return torch.get_float32_matmul_precision()
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:
