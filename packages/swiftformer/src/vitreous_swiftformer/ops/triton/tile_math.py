@@ -19,7 +19,8 @@ def tile_offsets(start, stride_l, stride_c, ALIGN: tl.constexpr, BLOCK_L: tl.con
     """Offsets of a tile from the first token of its image; strides are over `ALIGN`, but that of channels."""
     rows = (start + tl.arange(0, BLOCK_L)).to(tl.int64)
     columns = tl.arange(0, BLOCK_C).to(tl.int64)
-    return rows[:, None] * (stride_l * ALIGN) + columns[None, :] * stride_c
+    # In this order, as the product of stride and `ALIGN` alone can leave 32 bits.
+    return rows[:, None] * stride_l * ALIGN + columns[None, :] * stride_c
 
 
 @triton.jit
