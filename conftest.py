@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,3 +30,21 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def large_memory() -> Iterator[Callable[[int], None]]:
+    """`large_memory(gibibytes)`: skip unless so much GPU memory is free.
+
+    Tests that take this one wait for each other, in whatever process of this machine, and give back what they took.
+    """
+
+    def require(gibibytes: int) -> None:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gibibytes:
+            pytest.skip(f"needs {gibibytes} GiB of GPU memory; {free:.1f} GiB are free. Run it alone, or with -n 1")
+
+    with FileLock(Path(tempfile.gettempdir()) / "vitreous-large-memory.lock"):
+        yield require
+        torch.cuda.empty_cache()

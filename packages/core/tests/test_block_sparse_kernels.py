@@ -192,32 +192,39 @@ def test_reruns_agree_bitwise(name):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_31_bits():
-    """More than 2^31 elements in a batch, and more than 2^31 elements between the tokens of one packed image."""
-    layout = Window1d(64).layout(64, 64).to(DEVICE)
-    batch = 2**31 // (4 * 4096 * 64) + 2
+def test_offsets_beyond_31_bits(large_memory):
+    """More than 2^31 elements between two images, between two tokens of one, and in the results."""
+    large_memory(18)
+    heads, side, head_dim = 4, 64, 64
+    tokens = side**2
+    layout = Window1d(64).layout(side, side).to(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    draw = {"generator": generator, "device": DEVICE, "dtype": HALF}
-    last = [torch.randn(1, 4, 4096, 64, **draw) for _ in range(4)]
-    q, k, v, g = (torch.cat((t[:, :, :1].expand(batch - 1, 4, 4096, 64), t)) for t in last)
-    for t in (q, k, v):
-        t.requires_grad_()
-    out = block_sparse_attention(q, k, v, layout, backend="triton")
-    gradients = torch.autograd.grad(out, (q, k, v), g)
-    small = [t.detach().requires_grad_() for t in last[:3]]
-    expected = block_sparse_attention(*small, layout, backend="triton")
-    assert torch.equal(out[-1:], expected)
-    for got, want in zip(gradients, torch.autograd.grad(expected, small, last[3]), strict=True):
-        assert torch.equal(got[-1:], want)
-    del q, k, v, g, out, gradients
+    shape = (2, heads, tokens, head_dim)
+    near = [torch.randn(shape, generator=generator, device=DEVICE, dtype=HALF) for _ in range(4)]
 
-    length = 1024 * 1024
-    packed = torch.zeros(1, length, 3, 12, 64, device=DEVICE, dtype=HALF)
-    packed[:, -64:] = torch.randn(1, 64, 3, 12, 64, **draw)
-    q, k, v = packed.permute(2, 0, 3, 1, 4)
-    tail = [t[:, :, -64:] for t in (q, k, v)]
-    got = block_sparse_attention(q, k, v, Window1d(64).layout(1024, 1024), backend="triton")[:, :, -64:]
-    assert torch.equal(got, block_sparse_attention(*tail, Window1d(64).layout(8, 8), backend="triton"))
+    def run(query, key, value, cotangent):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        out = block_sparse_attention(*leaves, layout, backend="triton")
+        return out.detach(), *torch.autograd.grad(out, leaves, cotangent)
+
+    expected = run(*near)
+    row = heads * head_dim
+    buffer = torch.empty(2**31 + 8 * tokens * row, device=DEVICE, dtype=HALF)
+    for image, token in ((2**31, row), (row, 2**31 // (tokens - 1) // 8 * 8)):
+        far = [
+            buffer.as_strided(shape, (image, head_dim, token, 1), i * (tokens if image > token else 2) * row).copy_(
+                tensor
+            )
+            for i, tensor in enumerate(near)
+        ]
+        assert all(torch.equal(got, want) for got, want in zip(run(*far), expected, strict=True))
+    del buffer, far
+
+    # Images that are all the same one: only the results take memory.
+    batch = 2**31 // (tokens * row) + 2
+    results = run(*(tensor[:1].expand(batch, -1, -1, -1) for tensor in near))
+    assert results[0].numel() > 2**31
+    assert all(torch.equal(many[-1], want[0]) for many, want in zip(results, expected, strict=True))
 
 
 @pytest.mark.gpu

@@ -250,17 +250,34 @@ def test_one_compilation_serves_any_number_of_windows():
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_31_bits():
-    units = 2**31 // (289 * 16) + 2
+def test_offsets_beyond_31_bits(large_memory):
+    """More than 2^31 elements between two windows, between two tokens of one, and in the results."""
+    large_memory(18)
+    tokens, head_dim = 289, 16
     generator = torch.Generator(DEVICE).manual_seed(0)
-    last = [torch.randn(3, 1, 289, 16, generator=generator, device=DEVICE, dtype=HALF) for _ in range(4)]
-    q, k, v, g = (torch.cat((t[:1].expand(units - 3, -1, -1, -1), t)) for t in last)
-    for tensor in (q, k, v):
-        tensor.requires_grad_()
-    out = window_attention(q, k, v, backend="triton")
-    gradients = torch.autograd.grad(out, (q, k, v), g)
-    small = [tensor.detach().requires_grad_() for tensor in last[:3]]
-    expected = window_attention(*small, backend="triton")
-    assert torch.equal(out[-3:], expected)
-    for got, want in zip(gradients, torch.autograd.grad(expected, small, last[3]), strict=True):
-        assert torch.equal(got[-3:], want)
+    shape = (2, 1, tokens, head_dim)
+    near = [torch.randn(shape, generator=generator, device=DEVICE, dtype=HALF) for _ in range(4)]
+
+    def run_on(query: Tensor, key: Tensor, value: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        out = window_attention(*leaves, backend="triton")
+        return out.detach(), *torch.autograd.grad(out, leaves, cotangent)
+
+    expected = run_on(*near)
+    size = tokens * head_dim
+    buffer = torch.empty(2**31 + 8 * size, device=DEVICE, dtype=HALF)
+    for window, token in ((2**31, head_dim), (head_dim, 2**31 // (tokens - 1) // 8 * 8)):
+        far = [
+            buffer.as_strided(shape, (window, 0, token, 1), i * (size if window > token else 2 * head_dim)).copy_(
+                tensor
+            )
+            for i, tensor in enumerate(near)
+        ]
+        assert all(torch.equal(got, want) for got, want in zip(run_on(*far), expected, strict=True))
+    del buffer, far
+
+    # Windows that are all the same one: only the results take memory.
+    units = 2**31 // size + 2
+    results = run_on(*(tensor[:1].expand(units, -1, -1, -1) for tensor in near))
+    assert results[0].numel() > 2**31
+    assert all(torch.equal(many[-1], want[0]) for many, want in zip(results, expected, strict=True))

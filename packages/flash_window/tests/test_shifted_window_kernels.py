@@ -386,11 +386,9 @@ def test_autocast_leaves_the_companions_wide(dtype):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_31_bits():
+def test_offsets_beyond_31_bits(large_memory):
     """More than 2^31 elements between images, between the rows of one, and in the results."""
-    needed = 7 * 2**30
-    if (free := torch.cuda.mem_get_info()[0]) < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory; {free >> 30} GiB are free")
+    large_memory(7)
     options = {"num_heads": 2, "window_size": 7, "shift_size": 3, "backend": "triton"}
     generator = torch.Generator(DEVICE).manual_seed(0)
     side, channels = 14, 64

@@ -283,8 +283,9 @@ def test_memory_is_inputs_outputs_and_no_scores():
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_31_bits():
+def test_offsets_beyond_31_bits(large_memory):
     """More than 2^31 elements between two windows (defect 10), in one buffer of 4 GiB for query, key and value."""
+    large_memory(5)
     heads, tokens, head_dim = 2, 64, 32
     size = heads * tokens * head_dim
     buffer = torch.empty(2**31 + 3 * size, device=DEVICE, dtype=HALF)
