@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from vitreous_core.errors import BackendUnsupported
+from vitreous_core.triton_support import DTYPES
 
 from .attention import CascadedGroupAttention, FoldedCascadedGroupAttention, LocalWindowAttention
 from .model import FFN, Residual
 from .ops import AttentionWeights, FeedForwardWeights, cascaded_group_attention, feed_forward
 from .ops.api import attention_reasons, feed_forward_reasons
-from .ops.triton import dtype_reasons
 from .ops.weights import bias_of, pack_bias, pack_depthwise, pack_linear
 
 
@@ -120,7 +120,9 @@ def check_fusable(backbone: nn.Module) -> None:
         else:
             continue
         reasons += [f"{name}: {reason}" for reason in found]
-    reasons += dtype_reasons(next(backbone.parameters()).dtype)
+    dtype = next(backbone.parameters()).dtype
+    if dtype not in DTYPES:
+        reasons.append(f"dtype must be float16, bfloat16 or float32; got {dtype}")
     if reasons:
         raise BackendUnsupported("triton", reasons)
 

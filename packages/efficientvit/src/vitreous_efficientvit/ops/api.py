@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vitreous_core.errors import BackendUnsupported
+from vitreous_core.triton_support import device_reasons, dtype_reasons
 
 from . import contracts, reference
-from .triton import device_reasons
 from .weights import BIAS_TILE, AttentionWeights, FeedForwardWeights
 
 Backend = Literal["auto", "torch", "triton"]
@@ -115,8 +115,10 @@ def _resolve(backend: Backend, x: Tensor, reasons: list[str]) -> Backend:
     check_backend(backend)
     if backend == "auto":
         backend = choose_backend(x.device, x.dtype)
-    if backend == "triton" and (reasons := device_reasons(x.device, x.dtype) + reasons):
-        raise BackendUnsupported(backend, reasons)
+    if backend == "triton":
+        reasons = device_reasons(x.device) + dtype_reasons(x.device, x.dtype) + reasons
+        if reasons:
+            raise BackendUnsupported(backend, reasons)
     return backend
 
 

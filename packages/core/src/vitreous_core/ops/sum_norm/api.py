@@ -8,8 +8,6 @@ Layer norm: Ba et al., arXiv 1607.06450; stochastic depth: Huang et al., arXiv 1
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -18,12 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...errors import BackendUnsupported
+from ...triton_support import DTYPES, device_reasons
 
 Backend = Literal["auto", "torch", "triton"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_CHANNELS = 8192
-_LOWEST_CAPABILITY = (8, 0)
 
 
 def sum_norm(
@@ -76,27 +73,13 @@ def sum_norm(
 
 def unsupported_reasons(shortcut: Tensor, branch: Tensor | None, weight: Tensor) -> list[str]:
     """Why the Triton kernels cannot run this; empty when they can."""
-    reasons = list(_device_reasons(shortcut.device))
+    reasons = device_reasons(shortcut.device)
     for name, tensor in (("shortcut", shortcut), ("branch", branch), ("weight", weight)):
-        if tensor is not None and tensor.dtype not in _DTYPES:
+        if tensor is not None and tensor.dtype not in DTYPES:
             reasons.append(f"{name} must be float16, bfloat16 or float32; got {tensor.dtype}")
     if shortcut.shape[-1] > _MOST_CHANNELS:
         reasons.append(f"channels must be at most {_MOST_CHANNELS}; got {shortcut.shape[-1]}")
     return reasons
-
-
-@cache
-def _device_reasons(device: torch.device) -> tuple[str, ...]:
-    if importlib.util.find_spec("triton") is None:
-        return ("the package triton is not installed",)
-    from triton import knobs
-
-    if device.type != "cuda":
-        return () if knobs.runtime.interpret else (f"tensors must be on a CUDA device; got {device}",)
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LOWEST_CAPABILITY:
-        return (f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}",)
-    return ()
 
 
 class SumNorm(nn.LayerNorm):

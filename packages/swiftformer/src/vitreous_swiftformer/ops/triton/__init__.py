@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
-from .configs import MOST_CHANNELS, takes_encoder
+from vitreous_core.triton_support import DTYPES, device_reasons
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LOWEST_CAPABILITY = (8, 0)
+from .configs import MOST_CHANNELS, takes_encoder
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype, w_dtype: torch.dtype, channels: int) -> list[str]:
     """Why the kernels of additive attention cannot run this; empty when they can."""
-    if not _is_installed():
-        return ["the package triton is not installed"]
-    reasons = _device_reasons(device)
-    if dtype not in _DTYPES:
+    reasons = device_reasons(device)
+    if dtype not in DTYPES:
         reasons.append(f"query and key must be float16, bfloat16 or float32; got {dtype}")
-    if w_dtype not in _DTYPES:
+    if w_dtype not in DTYPES:
         reasons.append(f"w_g must be float16, bfloat16 or float32; got {w_dtype}")
     if not 0 < channels <= MOST_CHANNELS:
         reasons.append(f"channels must be from 1 to {MOST_CHANNELS}; got {channels}")
@@ -30,9 +25,7 @@ def encoder_unsupported_reasons(
     device: torch.device, dtypes: tuple[torch.dtype, ...], channels: int, needs_grad: bool
 ) -> list[str]:
     """Why the kernel of the convolutional block cannot run this; empty when it can."""
-    if not _is_installed():
-        return ["the package triton is not installed"]
-    reasons = _device_reasons(device)
+    reasons = device_reasons(device)
     if dtypes[0] not in (torch.float16, torch.bfloat16) or any(dtype != dtypes[0] for dtype in dtypes):
         names = ", ".join(sorted({str(dtype) for dtype in dtypes}))
         reasons.append(f"image and weights must be all float16 or all bfloat16; got {names}")
@@ -43,31 +36,3 @@ def encoder_unsupported_reasons(
     if needs_grad:
         reasons.append("the kernel is for inference and has no derivative: use torch.no_grad()")
     return reasons
-
-
-def _device_reasons(device: torch.device) -> list[str]:
-    if device.type != "cuda":
-        return [] if _is_interpreted() else [f"tensors must be on a CUDA device; got {device.type!r}"]
-    capability = _capability(device.index)
-    if capability is None or capability >= _LOWEST_CAPABILITY:
-        return []
-    return [f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}"]
-
-
-# These ask the environment, which Dynamo cannot trace; no answer changes within a process.
-@torch.compiler.assume_constant_result
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@torch.compiler.assume_constant_result
-def _is_interpreted() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int] | None:
-    """Of one GPU; None on a machine without one, where only the choice for another machine is asked for."""
-    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
