@@ -284,21 +284,24 @@ def test_memory_is_inputs_outputs_and_no_scores():
 
 @pytest.mark.gpu
 def test_offsets_beyond_31_bits(large_memory):
-    """More than 2^31 elements between two windows (defect 10), in one buffer of 4 GiB for query, key and value."""
+    """More than 2^31 elements between two windows (defect 10), or two tokens, of one buffer for query, key, value."""
     large_memory(5)
-    heads, tokens, head_dim = 2, 64, 32
-    size = heads * tokens * head_dim
-    buffer = torch.empty(2**31 + 3 * size, device=DEVICE, dtype=HALF)
-    strides = (2**31, tokens * head_dim, head_dim, 1)
-    far = [buffer.as_strided((2, heads, tokens, head_dim), strides, i * size) for i in range(3)]
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    near = [torch.randn(t.shape, generator=generator, device=DEVICE, dtype=HALF) for t in far]
-    for there, here in zip(far, near, strict=True):
-        there.copy_(here)
-    results = []
-    for tensors in (far, near):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        out = window_attention(*leaves, backend="triton")
-        results.append((out, *torch.autograd.grad(out, leaves, near[0])))
-    for got, expected in zip(*results, strict=True):
-        assert torch.equal(got, expected)
+    heads, head_dim = 2, 32
+    for tokens, strides, step in (
+        (64, (2**31, 64 * head_dim, head_dim, 1), heads * 64 * head_dim),
+        (2, (heads * head_dim, head_dim, 2**31, 1), 2 * heads * head_dim),
+    ):
+        buffer = torch.empty(2**31 + 3 * step, device=DEVICE, dtype=HALF)
+        far = [buffer.as_strided((2, heads, tokens, head_dim), strides, i * step) for i in range(3)]
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        near = [torch.randn(t.shape, generator=generator, device=DEVICE, dtype=HALF) for t in far]
+        for there, here in zip(far, near, strict=True):
+            there.copy_(here)
+        results = []
+        for tensors in (far, near):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            out = window_attention(*leaves, backend="triton")
+            results.append((out, *torch.autograd.grad(out, leaves, near[0])))
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected)
+        del buffer, far, there, tensors, leaves, out, results, got

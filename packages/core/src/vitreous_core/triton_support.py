@@ -18,10 +18,8 @@ def device_reasons(device: torch.device) -> list[str]:
         return ["the package triton is not installed"]
     if device.type != "cuda":
         return [] if _is_interpreted() else [f"tensors must be on a CUDA device; got {device.type!r}"]
-    capability = _capability(device.index)
-    if capability is None or capability >= _LOWEST_CAPABILITY:
-        return []
-    return [f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}"]
+    reason = _capability_reason(device.index)
+    return [reason] if reason else []
 
 
 def dtype_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -42,8 +40,13 @@ def _is_interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int] | None:
-    return _read_capability(torch.cuda.current_device() if index is None and torch.cuda.is_available() else index)
+def _capability_reason(index: int | None) -> str:
+    # A string, as Dynamo of PyTorch 2.11 cannot compare a constant tuple.
+    index = torch.cuda.current_device() if index is None and torch.cuda.is_available() else index
+    capability = _read_capability(index)
+    if capability is None or capability >= _LOWEST_CAPABILITY:
+        return ""
+    return f"the GPU must have compute capability 8.0 or more; got {capability[0]}.{capability[1]}"
 
 
 @cache  # asked for on every call of an operation

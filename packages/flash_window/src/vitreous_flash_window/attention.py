@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous_core.autocast import without_autocast
+
 from .layers import LayerConfig, build_dropout, pair
 from .ops import Backend, shifted_window_attention, window_attention
 from .ops.reference import (
@@ -23,7 +25,6 @@ from .ops.reference import (
     accumulation_dtype,
     logit_factor,
     relative_position_index,
-    without_autocast,
 )
 
 _INIT_STD = 0.02

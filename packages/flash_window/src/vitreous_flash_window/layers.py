@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vitreous_core.autocast import without_autocast
 from vitreous_core.ops.sum_norm import sum_norm
-
-from .ops.reference import without_autocast
 
 LayerConfig = Mapping[str, Any]
 

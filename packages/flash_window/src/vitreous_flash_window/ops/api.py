@@ -8,9 +8,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from vitreous_core.autocast import to_autocast
+
 from . import contracts, contracts_shifted, reference
 from .backends import Backend, Problem, resolve
-from .reference import accumulation_dtype, has_autocast
+from .reference import accumulation_dtype
 
 
 def window_attention(
@@ -62,7 +64,7 @@ def window_attention(
         torch.Size([8, 2, 49, 32])
     """
     _check_tensors(query=query, key=key, value=value, bias=bias, mask=mask)
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = to_autocast(query), to_autocast(key), to_autocast(value)
     _check_floating("query", query)
     if query.ndim != 4:
         raise ValueError(f"query must be [B*W, H, N, D]; got shape {tuple(query.shape)}")
@@ -157,7 +159,7 @@ def shifted_window_attention(
         torch.Size([1, 15, 17, 64])
     """
     _check_tensors(qkv=qkv, bias_table=bias_table, pad_qkv=pad_qkv, logit_scale=logit_scale)
-    qkv = _autocast(qkv)
+    qkv = to_autocast(qkv)
     _check_floating("qkv", qkv)
     _check_positive_int("num_heads", num_heads)
     _check_positive_int("window_size", window_size)
@@ -190,17 +192,6 @@ def shifted_window_attention(
     return run(
         qkv, bias_table, pad_qkv, logit_scale, seed, num_heads, window_size, shift_size, scale, dropout_p
     )  # fmt: skip
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the autocast dtype where autocast is on and touches its dtype."""
-    kind = tensor.device.type
-    # Devices without autocast (such as "meta") do not answer whether it is on.
-    if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 @torch.compiler.assume_constant_result

@@ -7,13 +7,13 @@ kept for the backward pass is the softmax's output. No atomics: two runs agree b
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitreous_core.autocast import without_autocast
 from vitreous_core.ops.block_sparse_attention.dropout import keep_mask
 
 REGION_PENALTY = -100.0
@@ -30,19 +30,6 @@ NORM_EPS = 1e-12
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that scores, softmax and gradients of shared tensors are summed in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-# Dynamo of PyTorch 2.11 cannot trace the question.
-@torch.compiler.assume_constant_result
-def has_autocast(kind: str) -> bool:
-    """Whether a kind of device knows autocast: others (such as "meta") do not answer whether it is on."""
-    return torch.amp.is_autocast_available(kind)
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which autocast does not take promoted operands back to the low dtype."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if has_autocast(kind) else contextlib.nullcontext()
 
 
 def window_attention(

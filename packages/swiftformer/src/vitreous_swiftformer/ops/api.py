@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitreous_core.autocast import to_autocast
+
 from . import contracts, reference
 from .backends import Backend, resolve, resolve_encoder
 
@@ -138,11 +140,7 @@ def _autocast(name: str, tensor: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor; got {tensor.dtype}")
-    kind = tensor.device.type
-    # Devices without autocast (such as "meta") do not answer whether it is on.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensor
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(kind))
+    return to_autocast(tensor)
 
 
 def _check_w_g(w_g: Tensor, channels: int, main_name: str, main: Tensor) -> None:

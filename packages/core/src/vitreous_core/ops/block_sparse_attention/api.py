@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ...autocast import to_autocast
 from ...errors import BackendUnsupported
 from ...layout import BlockLayout
 from . import contracts, flex, reference, triton
@@ -68,7 +69,7 @@ def block_sparse_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
-    query, key, value = _autocast(query, key, value)
+    query, key, value = (to_autocast(t) if isinstance(t, Tensor) else t for t in (query, key, value))
     _check_tensors(query, key, value)
     _check_layout(query, layout)
     if bias is not None:
@@ -111,18 +112,6 @@ def choose_backend(query: Tensor, layout: BlockLayout, needs_grad: bool = True) 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, bias: Bias | None) -> bool:
     table = bias if bias is None or isinstance(bias, Tensor) else bias.table
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, table))
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    # As PyTorch's own rules have it, fp64 stays.
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ...autocast import autocast_dtype
 from ...errors import BackendUnsupported
 from ...triton_support import DTYPES, device_reasons
 
@@ -99,11 +100,8 @@ class SumNorm(nn.LayerNorm):
 
 
 def _default_dtype(shortcut: Tensor) -> torch.dtype:
-    kind = shortcut.device.type
-    # As PyTorch's own rules have it, fp64 stays. Devices without autocast, such as "meta", do not say whether it is on.
-    if shortcut.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return shortcut.dtype
+    # As PyTorch's own rules have it, fp64 stays.
+    return shortcut.dtype if shortcut.dtype == torch.float64 else autocast_dtype(shortcut.device) or shortcut.dtype
 
 
 def _plain(

@@ -63,8 +63,8 @@ def _long_bwd_dq_kernel(
     """`dq = scale (P * (dP - delta)) k` with `dP = dout v^T`. Grid: strips x image groups x windows x heads.
 
     `delta = dout out` inherits the rounding of `out`. Cosines can make scores so large that `dP - delta` cancels, and
-    their factor's gradient is one sum of all that is left; so for them `delta = sum P dP` is found on the way and
-    dq put right at the end, by the mean key times the difference.
+    their factor's gradient is one sum of all that is left; so for them what `delta` lacks, `sum P (dP - delta)`, is
+    found on the way, and dq and the factor's gradient put right at the end, by the mean key and the mean cosine.
     """
     geometry = (columns, height, width, padded_height, padded_width, shift)
     q_strides = (stride_qi, stride_qh, stride_qy, stride_qx)
@@ -89,7 +89,7 @@ def _long_bwd_dq_kernel(
     v_pad = pad_distance(pad_ptr, v_ptr, 2, heads, HEAD_DIM, ALIGN) if PADDED else 0
 
     queries, douts, query_norms, lses, inverses, deltas, totals = (), (), (), (), (), (), ()
-    masses, exact_deltas, mean_keys, mean_cosines, cosine_sums = (), (), (), (), ()
+    masses, errors, mean_keys, mean_cosines, cosine_sums = (), (), (), (), ()
     for g in tl.static_range(COMPANIONS):
         image = tl.minimum(first_image + g, images - 1)
         q = load_input(
@@ -118,7 +118,7 @@ def _long_bwd_dq_kernel(
             query_norms = query_norms + (tl.load(norm_ptr + unit_row),)
             mean_keys = mean_keys + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
             masses = masses + (tl.zeros([BLOCK_M], tl.float32),)
-            exact_deltas = exact_deltas + (tl.zeros([BLOCK_M], tl.float32),)
+            errors = errors + (tl.zeros([BLOCK_M], tl.float32),)
             mean_cosines = mean_cosines + (tl.zeros([BLOCK_M], tl.float32),)
             cosine_sums = cosine_sums + (tl.zeros([BLOCK_M], tl.float32),)
         else:
@@ -136,7 +136,7 @@ def _long_bwd_dq_kernel(
                 addend = plain_addend(query[:, None], key[None, :], tokens, TAIL)
             addend = mask_tile(addend, mask_base, query[:, None], key[None, :], q_region, k_region, tokens, MASK)
         new_totals = ()
-        new_masses, new_deltas, new_keys, new_cosines, new_sums = (), (), (), (), ()
+        new_masses, new_errors, new_keys, new_cosines, new_sums = (), (), (), (), ()
         for g in tl.static_range(COMPANIONS):
             image = tl.minimum(first_image + g, images - 1)
             k = load_input(
@@ -169,9 +169,9 @@ def _long_bwd_dq_kernel(
             dscores = weights * (dweights - deltas[g][:, None])
             if COSINE:
                 new_masses = new_masses + (masses[g] + tl.sum(weights, 1),)
-                new_deltas = new_deltas + (exact_deltas[g] + tl.sum(weights * dweights, 1),)
+                new_errors = new_errors + (errors[g] + tl.sum(dscores, 1),)
                 new_cosines = new_cosines + (mean_cosines[g] + tl.sum(weights * cosines, 1),)
-                new_sums = new_sums + (cosine_sums[g] + tl.sum(weights * dweights * cosines, 1),)
+                new_sums = new_sums + (cosine_sums[g] + tl.sum(dscores * cosines, 1),)
                 power, rest = split_norm(key_norms)
                 k = (k.to(tl.float32) * power[:, None]).to(k.dtype)
                 dscores *= rest[None, :]
@@ -181,7 +181,7 @@ def _long_bwd_dq_kernel(
             total = tl.dot(operand(dscores, k, PRECISION), k, totals[g], input_precision=PRECISION)
             new_totals = new_totals + (total,)
         totals = new_totals
-        masses, exact_deltas, mean_keys = new_masses, new_deltas, new_keys
+        masses, errors, mean_keys = new_masses, new_errors, new_keys
         mean_cosines, cosine_sums = new_cosines, new_sums
 
     for g in tl.static_range(COMPANIONS):
@@ -190,12 +190,12 @@ def _long_bwd_dq_kernel(
         if COSINE:
             # One, but for rounding.
             mass = tl.where(masses[g] > 0.0, masses[g], 1.0)
-            delta = exact_deltas[g] / mass
-            gradient = totals[g] + (deltas[g] - delta)[:, None] * mean_keys[g]
+            error = errors[g] / mass
+            gradient = totals[g] - error[:, None] * mean_keys[g]
             gradient = project_out(gradient * factor, queries[g], query_norms[g], NORM_EPS)
             unit_row = ((image * windows + window).to(tl.int64) * heads + head) * tokens + row
-            tl.store(delta_ptr + unit_row, delta, mask=is_own)
-            of_logit = (cosine_sums[g] - delta * mean_cosines[g]) / LOG2E
+            tl.store(delta_ptr + unit_row, deltas[g] + error, mask=is_own)
+            of_logit = (cosine_sums[g] - error * mean_cosines[g]) / LOG2E
             tl.store(logit_ptr + unit_row, of_logit, mask=is_own)
         else:
             gradient = totals[g] * scale

@@ -73,9 +73,10 @@ def regions(token, window, geometry, SIDE: tl.constexpr):
 @triton.jit
 def row_starts(y, x, strides, pad_offset, geometry, SIDE: tl.constexpr, PADDED: tl.constexpr, ALIGN: tl.constexpr):
     """Where each token's row begins, from the start of its unit and head: int64. Padding lies at `pad_offset`."""
-    start = y.to(tl.int64) * (strides[2] * ALIGN)
+    # In this order: a stride times `ALIGN` alone can leave 32 bits.
+    start = y.to(tl.int64) * strides[2] * ALIGN
     if SIDE > 0:
-        start += x.to(tl.int64) * (strides[3] * ALIGN)
+        start += x.to(tl.int64) * strides[3] * ALIGN
     if PADDED:
         start = tl.where(is_real(y, x, geometry), start, pad_offset * ALIGN)
     return start
@@ -87,7 +88,7 @@ def unit_start(image, window, head, windows, strides, SIDE: tl.constexpr, ALIGN:
     unit = image.to(tl.int64)
     if SIDE == 0:
         unit = unit * windows + window
-    return unit * (strides[0] * ALIGN) + head.to(tl.int64) * (strides[1] * ALIGN)
+    return (unit * strides[0] + head.to(tl.int64) * strides[1]) * ALIGN
 
 
 @triton.jit

@@ -64,6 +64,12 @@ def walk(group, part, parts, windows, mask_windows, MASK: tl.constexpr):
 
 
 @triton.jit
+def full_stride(stride, ALIGN: tl.constexpr):
+    """A stride that came over `ALIGN`, in elements and 64 bits, as the product can leave 32."""
+    return tl.cast(stride, tl.int64) * ALIGN
+
+
+@triton.jit
 def row_offsets(token, offs_d, stride_n, stride_d):
     """Offsets `[rows, D]` of rows of one head of one window, 64-bit."""
     return token.to(tl.int64)[:, None] * stride_n + offs_d[None, :] * stride_d

@@ -36,6 +36,7 @@ from .tile_math import (
     addend_tiles,
     channel_product,
     dropout_keep,
+    full_stride,
     load_chunk,
     load_rows,
     mask_groups,
@@ -80,6 +81,14 @@ def _window_bwd_rows_kernel(
     `delta = rowsum(P dP)`, or from the output, `rowsum(dout out)`. Grid: parts x heads x strips of queries, the last
     fastest.
     """
+    stride_qn = full_stride(stride_qn, ALIGN)
+    stride_gn = full_stride(stride_gn, ALIGN)
+    stride_dqn = full_stride(stride_dqn, ALIGN)
+    stride_dkn = full_stride(stride_dkn, ALIGN)
+    stride_dvn = full_stride(stride_dvn, ALIGN)
+    stride_on = full_stride(stride_on, ALIGN)
+    stride_kn = full_stride(stride_kn, ALIGN)
+    stride_vn = full_stride(stride_vn, ALIGN)
     FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
@@ -90,14 +99,14 @@ def _window_bwd_rows_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
     is_row = rows < TOKENS
-    q_offsets = row_offsets(rows, offs_d, stride_qn * ALIGN, stride_qd)
-    g_offsets = row_offsets(rows, offs_d, stride_gn * ALIGN, stride_gd)
-    dq_offsets = row_offsets(rows, offs_d, stride_dqn * ALIGN, stride_dqd)
+    q_offsets = row_offsets(rows, offs_d, stride_qn, stride_qd)
+    g_offsets = row_offsets(rows, offs_d, stride_gn, stride_gd)
+    dq_offsets = row_offsets(rows, offs_d, stride_dqn, stride_dqd)
     if ROWS >= TOKENS:
-        dk_offsets = row_offsets(rows, offs_d, stride_dkn * ALIGN, stride_dkd)
-        dv_offsets = row_offsets(rows, offs_d, stride_dvn * ALIGN, stride_dvd)
+        dk_offsets = row_offsets(rows, offs_d, stride_dkn, stride_dkd)
+        dv_offsets = row_offsets(rows, offs_d, stride_dvn, stride_dvd)
     else:
-        o_offsets = row_offsets(rows, offs_d, stride_on * ALIGN, stride_od)
+        o_offsets = row_offsets(rows, offs_d, stride_on, stride_od)
     sums = ()
     if NEEDS_BIAS:
         for c in tl.static_range(CHUNKS):
@@ -133,10 +142,10 @@ def _window_bwd_rows_kernel(
             new_sums = ()
             for c in tl.static_range(CHUNKS):
                 k = load_chunk(
-                    k_base, c, offs_d, stride_kn * ALIGN, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
+                    k_base, c, offs_d, stride_kn, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 v = load_chunk(
-                    v_base, c, offs_d, stride_vn * ALIGN, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
+                    v_base, c, offs_d, stride_vn, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 scores = channel_product(q, k, PRECISION) * scale_log2 + addends[c]
                 dweights = channel_product(dout, v, PRECISION)
@@ -213,6 +222,12 @@ def _window_bwd_keys_kernel(
 
     Grid: parts x heads x strips of keys, the last fastest.
     """
+    stride_kn = full_stride(stride_kn, ALIGN)
+    stride_vn = full_stride(stride_vn, ALIGN)
+    stride_dkn = full_stride(stride_dkn, ALIGN)
+    stride_dvn = full_stride(stride_dvn, ALIGN)
+    stride_qn = full_stride(stride_qn, ALIGN)
+    stride_gn = full_stride(stride_gn, ALIGN)
     FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
@@ -223,10 +238,10 @@ def _window_bwd_keys_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
     is_row = rows < TOKENS
-    k_offsets = row_offsets(rows, offs_d, stride_kn * ALIGN, stride_kd)
-    v_offsets = row_offsets(rows, offs_d, stride_vn * ALIGN, stride_vd)
-    dk_offsets = row_offsets(rows, offs_d, stride_dkn * ALIGN, stride_dkd)
-    dv_offsets = row_offsets(rows, offs_d, stride_dvn * ALIGN, stride_dvd)
+    k_offsets = row_offsets(rows, offs_d, stride_kn, stride_kd)
+    v_offsets = row_offsets(rows, offs_d, stride_vn, stride_vd)
+    dk_offsets = row_offsets(rows, offs_d, stride_dkn, stride_dkd)
+    dv_offsets = row_offsets(rows, offs_d, stride_dvn, stride_dvd)
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
         # Under a mask made anew for each of its windows, rather than kept beside the sum with the mask.
@@ -248,10 +263,10 @@ def _window_bwd_keys_kernel(
             v = load_rows(v_base, v_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             for c in tl.static_range(CHUNKS):
                 q = load_chunk(
-                    q_base, c, offs_d, stride_qn * ALIGN, stride_qd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
+                    q_base, c, offs_d, stride_qn, stride_qd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 dout = load_chunk(
-                    g_base, c, offs_d, stride_gn * ALIGN, stride_gd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
+                    g_base, c, offs_d, stride_gn, stride_gd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 # Queries past the end weigh nothing.
                 query = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)

@@ -34,6 +34,7 @@ from .tile_math import (
     addend_tiles,
     channel_product,
     dropout_keep,
+    full_stride,
     load_chunk,
     load_rows,
     mask_groups,
@@ -68,6 +69,10 @@ def _window_fwd_kernel(
     """`o = softmax(scale q k^T + bias + mask) v`, and the statistics of the rows where a program holds not all columns.
 
     Grid: parts x heads x strips of queries, the last fastest."""
+    stride_qn = full_stride(stride_qn, ALIGN)
+    stride_on = full_stride(stride_on, ALIGN)
+    stride_kn = full_stride(stride_kn, ALIGN)
+    stride_vn = full_stride(stride_vn, ALIGN)
     FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
@@ -78,8 +83,8 @@ def _window_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
     is_row = rows < TOKENS
-    q_offsets = row_offsets(rows, offs_d, stride_qn * ALIGN, stride_qd)
-    o_offsets = row_offsets(rows, offs_d, stride_on * ALIGN, stride_od)
+    q_offsets = row_offsets(rows, offs_d, stride_qn, stride_qd)
+    o_offsets = row_offsets(rows, offs_d, stride_on, stride_od)
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
         # Under a mask made anew for each of its windows, rather than kept beside the sum with the mask.
@@ -98,10 +103,10 @@ def _window_fwd_kernel(
             q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             for c in tl.static_range(CHUNKS):
                 k = load_chunk(
-                    k_base, c, offs_d, stride_kn * ALIGN, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
+                    k_base, c, offs_d, stride_kn, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 v = load_chunk(
-                    v_base, c, offs_d, stride_vn * ALIGN, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
+                    v_base, c, offs_d, stride_vn, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
                 )
                 scores = channel_product(q, k, PRECISION) * scale_log2 + addends[c]
                 if c == 0:
