@@ -16,14 +16,17 @@ from typing import Any
 import yaml
 
 from vitreous_core import curves, patterns
+from vitreous_core.ablations import Comparison, read_comparison
 from vitreous_core.bench.rows import Row, read_rows
 from vitreous_core.papers import papers
-from vitreous_core.zoo import ModelCard, models
+from vitreous_core.zoo import ModelCard, find_model, models
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-VERDICTS = ("holds", "holds in part", "does not hold", "not run here")
+VERDICTS = ("holds", "holds in part", "does not hold", "not reproduced at this scale", "not run here")
 UNTRIED = VERDICTS[-1]
+SMALL_SCALE = {True: "holds in part", False: "not reproduced at this scale"}
+"""Of a comparison on small data: it can support a claim about ImageNet, not prove or refute it."""
 MADE_BY = "<!-- Rendered by `nox -s tables`. -->\n"
 
 
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         RESULTS / "runs.md": runs_page(),
         readme: between_markers(readme.read_text(encoding="utf-8"), glance_table(claims)),
         **paper_pages(),
+        **ablation_pages(claims),
     }
     stale = [path for path, text in rendered.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
@@ -70,6 +74,59 @@ def paper_figures() -> dict[Path, Callable[[], Any]]:
         if (paper.root / "report.py").is_file()
         for name, draw in paper.module("report").figures().items()
     }
+
+
+def ablation_pages(claims: Iterable[dict[str, Any]]) -> dict[Path, str]:
+    """docs/results/<paper>/ablations.md: what a part of a network costs and brings, by the claims about `accuracy`."""
+    pages = {}
+    for paper in claims:
+        entries = [entry for entry in paper["claims"] if "accuracy" in (entry.get("ours") or {})]
+        runs = [comparison for entry in entries if (comparison := compared(entry["ours"]))]
+        if runs:
+            names = dict.fromkeys(name for entry in entries for name in entry["ours"]["accuracy"])
+            pages[RESULTS / paper["paper"] / "ablations.md"] = ABLATIONS_PAGE.format(
+                made_by=MADE_BY,
+                command=" \\\n    ".join([f'nox -s "reproduce({paper["paper"]})" --', *names, "--seed 0 1 2 --jobs 3"]),
+                data=", ".join(sorted({name.rsplit("_", 1)[1] for name in names})),
+                epochs=", ".join(sorted({str(run.facts["epochs"]) for run in runs})),
+                seeds=min(run.seeds for run in runs),
+                devices=", ".join(sorted({run.facts["device"] for run in runs})),
+                table=table(ABLATIONS_HEADER, map(ablation_row, entries)),
+            )
+    return pages
+
+
+def ablation_row(entry: dict[str, Any]) -> list[str]:
+    """A claim about `accuracy` with its two networks."""
+    cards = [find_model(name) for name in entry["ours"]["accuracy"]]
+    comparison = compared(entry["ours"])
+    return [
+        entry["claim"],
+        " → ".join(card.name.split("_")[0] for card in cards),
+        " → ".join(f"{card.parameters:,}" for card in cards),
+        " → ".join(f"{card.macs:,}" for card in cards),
+        *((comparison.spread, comparison.interval) if comparison else ("–", "–")),
+        f"*{entry['quoted']}*",
+        verdict(entry),
+    ]
+
+
+ABLATIONS_HEADER = (
+    "claim", "networks", "parameters", "multiply-adds", "top-1 %", "change, points", "quoted", "verdict",
+)  # fmt: skip
+ABLATIONS_PAGE = """{made_by}
+# Ablations
+
+```bash
+{command}
+```
+
+*Trained here* on {data}, all with the same budget: epochs {epochs}, seeds {seeds}, on {devices}. Top-1 is the mean and
+standard deviation over the seeds; the change has its 95 % confidence interval. *Quoted* is the paper, on ImageNet-1k. A
+claim holds in part when the whole interval lies where it says: a small data set can support it, not prove it. Otherwise
+it is not reproduced at this scale, for which the scale alone may be the reason.
+
+{table}"""
 
 
 def claims_page(claims: Iterable[dict[str, Any]]) -> str:
@@ -121,6 +178,9 @@ def our_figure(origin: dict[str, Any] | None) -> str:
             return side_by_side(measured(origin, providers), providers, "latency_ms_p50", "ms")
         case {"bench": _, "mib": providers}:
             return side_by_side(measured(origin, providers), providers, "peak_mib", "MiB")
+        case {"accuracy": [_, second], "expected": _}:
+            comparison = compared(origin)
+            return f"{comparison.spread} % on {second.rsplit('_', 1)[1]}" if comparison else "–"
         case _:
             raise ValueError(f"`ours` must be one of the forms that the head of claims.yml lists; got {origin}")
 
@@ -133,6 +193,9 @@ def hardware(origin: dict[str, Any] | None) -> str:
         case {"bench": _}:
             providers = next(origin[form] for form in ("speed_up", "ms", "mib") if form in origin)
             return ", ".join(sorted({row["device"] for run in measured(origin, providers) for row in run.values()}))
+        case {"accuracy": _}:
+            comparison = compared(origin)
+            return comparison.facts["device"] if comparison else "–"
     return "any (counted)"
 
 
@@ -157,6 +220,12 @@ def measured(origin: dict[str, Any], providers: Sequence[str]) -> list[dict[str,
     return found
 
 
+def compared(origin: dict[str, Any]) -> Comparison | None:
+    """The recorded runs of the two configs of an `accuracy` claim; None when there are none."""
+    first, second = (find_model(name) for name in origin["accuracy"])
+    return read_comparison(RESULTS / "repro" / first.paper.name, first.name, second.name)
+
+
 def side_by_side(runs: Sequence[dict[str, Row]], providers: Sequence[str], field: str, unit: str) -> str:
     """A field of the rows: cases apart by strokes, providers by arrows."""
     return " → ".join(" / ".join(f"{run[name][field]:.3g}" for run in runs) for name in providers) + f" {unit}"
@@ -169,7 +238,12 @@ def recorded_rows() -> list[Row]:
 
 
 def verdict(entry: dict[str, Any]) -> str:
-    """The verdict of a claim, which a figure must back."""
+    """The verdict of a claim, which a figure must back; of an `accuracy` claim the runs give it."""
+    if "accuracy" in (entry.get("ours") or {}):
+        if "verdict" in entry:
+            raise ValueError(f"the runs give the verdict of an accuracy claim: {entry['claim']!r}")
+        comparison = compared(entry["ours"])
+        return SMALL_SCALE[comparison.confirms(entry["ours"]["expected"])] if comparison else UNTRIED
     given = entry.get("verdict", UNTRIED)
     if given not in VERDICTS:
         raise ValueError(f"verdict must be one of {VERDICTS}; got {given!r} for {entry['claim']!r}")
@@ -246,7 +320,7 @@ def glance_table(claims: Iterable[dict[str, Any]]) -> str:
     rows = []
     for paper in papers():
         counted = claims_of.get(paper.name, Counter())
-        variants = {card.name.split("_")[0] for card in models() if card.paper == paper and not card.is_digits}
+        variants = {card.name.split("_")[0] for card in models() if card.paper == paper and "_in1k" in card.name}
         digits = f"{best[paper.name]:.1f} %" if paper.name in best else "no run recorded"
         card = f"[{paper.name}](packages/{paper.name}/README.md)"
         rows.append([card, str(len(variants)), *(str(counted[given]) for given in VERDICTS), digits])

@@ -46,6 +46,31 @@ def test_a_claim_takes_its_figures_from_one_run(monkeypatch: pytest.MonkeyPatch)
         tables["our_figure"](origin | {"ms": ["slow"], "device": "another"})
 
 
+def test_a_claim_about_accuracy_is_judged_by_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitreous_core.ablations import Comparison
+
+    monkeypatch.chdir(ROOT)
+    tables = runpy.run_path("docs/tables.py")
+    names = ("efficientvit-msra-m0_1xb128_fashion-mnist", "efficientvit-msra-m0-no-cascade_1xb128_fashion-mnist")
+    entry = {"claim": "a", "quoted": "−1 point", "ours": {"accuracy": list(names), "expected": "lower"}}
+    ledger = [{"paper": "efficientvit", "title": "A", "claims": [entry | {"source": "b"}]}]
+
+    def judge(*second: float) -> tuple[str, ...]:
+        runs = Comparison(names, ([88.0, 88.2, 88.4], second), {"device": "GPU", "epochs": 1}) if second else None
+        tables["compared"].__globals__["compared"] = lambda _: runs
+        assert tables["claims_page"](ledger)
+        assert len(tables["ablation_pages"](ledger)) == bool(second)
+        return tables["our_figure"](entry["ours"]), tables["hardware"](entry["ours"]), tables["verdict"](entry)
+
+    figure = "88.20 ± 0.20 → 87.20 ± 0.20 % on fashion-mnist"
+    assert judge(87.0, 87.2, 87.4) == (figure, "GPU", "holds in part")
+    assert judge(87.8, 88.0, 88.2)[2] == "not reproduced at this scale"  # within the noise
+    assert judge(89.0, 89.2, 89.4)[2] == "not reproduced at this scale"  # the other way round
+    assert judge() == ("–", "–", "not run here")
+    with pytest.raises(ValueError, match="the runs give the verdict"):
+        tables["verdict"](entry | {"verdict": "holds"})
+
+
 def test_every_paper_has_claims_with_a_source() -> None:
     ledger = {
         entry["paper"]: entry["claims"] for entry in yaml.safe_load((ROOT / "docs/results/claims.yml").read_text())

@@ -21,8 +21,8 @@ from vitreous_efficientvit.attention import (
 )
 
 
-def random_attention(channels=12, num_heads=3, window_size=4, kernel_sizes=(5, 3, 3), key_dim=4):
-    attention = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim)
+def random_attention(channels=12, num_heads=3, window_size=4, kernel_sizes=(5, 3, 3), key_dim=4, head_input="cascade"):
+    attention = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input)
     attention.load_state_dict(golden_state(attention.state_dict()))
     torch.nn.init.normal_(attention.attention_biases)
     return attention.double().eval()
@@ -68,7 +68,12 @@ def slow_attention(module, window):
     tables, index = module.attention_biases.detach().numpy(), official_index(side)
     previous, outputs = None, []
     for head, piece in enumerate(np.split(window, module.num_heads)):
-        source = piece if previous is None else piece + previous
+        if module.head_input == "full":
+            source = window
+        elif module.head_input == "slice" or previous is None:
+            source = piece
+        else:
+            source = piece + previous
         qkv = affine(
             module.qkvs[head].bn, np.tensordot(module.qkvs[head].c.weight.detach().numpy()[:, :, 0, 0], source, 1)
         )
@@ -123,10 +128,17 @@ def test_bias_index_is_the_official_table(side):
 
 
 @pytest.mark.parametrize(
-    ("channels", "heads", "side", "kernels"), [(12, 3, 4, (5, 3, 3)), (6, 2, 7, (7, 5, 3)), (5, 1, 1, (3,))]
+    ("channels", "heads", "side", "kernels", "head_input"),
+    [
+        (12, 3, 4, (5, 3, 3), "cascade"),
+        (6, 2, 7, (7, 5, 3), "cascade"),
+        (5, 1, 1, (3,), "cascade"),
+        (12, 3, 4, (5, 3, 3), "slice"),
+        (12, 3, 4, (5, 3, 3), "full"),
+    ],
 )
-def test_equals_loops(channels, heads, side, kernels):
-    attention = random_attention(channels, heads, side, kernels)
+def test_equals_loops(channels, heads, side, kernels, head_input):
+    attention = random_attention(channels, heads, side, kernels, head_input=head_input)
     windows = torch.randn(2, channels, side, side, dtype=torch.float64)
     with torch.no_grad():
         out = attention(windows).numpy()

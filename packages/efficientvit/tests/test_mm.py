@@ -23,6 +23,8 @@ from vitreous_efficientvit import EfficientViTMSRA, EfficientViTMSRAHead
 CONFIGS = next(paper for paper in papers() if paper.name == "efficientvit").configs / "efficientvit"
 IMAGENET = [f"efficientvit-msra-m{i}_8xb256_in1k" for i in range(6)]
 DIGITS = "efficientvit-msra-m0_1xb64_digits"
+ABLATIONS = ("", "-no-sandwich", "-two-ffns", "-no-cascade", "-no-split", "-uniform-qkv", "-ffn-ratio-4")
+FASHION = [f"efficientvit-msra-m0{ablation}_1xb128_fashion-mnist" for ablation in ABLATIONS]
 
 
 def config(name):
@@ -48,7 +50,7 @@ def recipe():
 
 class TestNames:
     def test_listed(self):
-        assert set(list_models("efficientvit-msra*")) == {*IMAGENET, DIGITS}
+        assert set(list_models("efficientvit-msra*")) == {*IMAGENET, DIGITS, *FASHION}
 
     def test_by_name(self, build):
         model = get_model("efficientvit-msra-m0_8xb256_in1k").eval()

@@ -41,6 +41,7 @@ PAPER = next(paper for paper in papers() if paper.name == "swiftformer")
 ARCHS = ("xs", "s", "l1", "l3")
 IMAGENET = [f"swiftformer-{arch}{kind}_16xb128_in1k" for kind in ("", "-nodist") for arch in ARCHS]
 DIGITS = "swiftformer-xs_1xb64_digits"
+FASHION = [f"swiftformer-xs{ablation}_1xb128_fashion-mnist" for ablation in ("", "-key-value", "-self-attention")]
 
 
 def config(name: str) -> Config:
@@ -74,7 +75,7 @@ def entries() -> list[dict[str, Any]]:
 
 
 def test_models_are_listed() -> None:
-    assert set(list_models("swiftformer")) == {*IMAGENET, DIGITS}
+    assert set(list_models("swiftformer")) == {*IMAGENET, DIGITS, *FASHION}
 
 
 @torch.no_grad()
@@ -274,8 +275,8 @@ def test_dropping_the_teacher_of_a_config() -> None:
 
 @torch.no_grad()
 def test_metafile_counts_and_files(entries: list[dict[str, Any]]) -> None:
-    assert [entry["Name"] for entry in entries] == [*IMAGENET, DIGITS]
-    for entry in entries:
+    assert [entry["Name"] for entry in entries] == [*IMAGENET, DIGITS, *FASHION]
+    for entry in entries[: -len(FASHION)]:  # the others: test_ablations.py
         settings = Config.fromfile(PAPER.root / ".mim" / entry["Config"])
         size = 32 if entry["Name"] == DIGITS else 224
         with torch.device("meta"):

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitreous_core.fold import fold_conv_norm
+
+HeadInput = Literal["cascade", "slice", "full"]
 
 
 class ConvBN(nn.Sequential):
@@ -67,9 +69,12 @@ class CascadedGroupAttention(nn.Module):
         window_size: side of the square windows that come in.
         kernel_sizes: side of the query convolution of each head, odd; the first `num_heads` entries are used.
         key_dim: channels of query and key in every head; values have `channels / num_heads`.
+        head_input: what a head sees, `u_i`. `"cascade"`: its slice and the output of the head before, as above. The
+            others are the paper's ablations (section 4.4, "Impact of the cascaded group attention"): `"slice"`, its
+            slice alone, `u_i = x_i`; `"full"`, all channels as in multi-head self-attention, `u_i = x`.
 
     Raises:
-        ValueError: when the heads do not divide the channels, or a size is out of range.
+        ValueError: when the heads do not divide the channels, a size is out of range, or `head_input` is unknown.
     """
 
     attention_bias_idxs: Tensor
@@ -81,18 +86,21 @@ class CascadedGroupAttention(nn.Module):
         window_size: int,
         kernel_sizes: Sequence[int],
         key_dim: int = 16,
+        head_input: HeadInput = "cascade",
     ) -> None:
         super().__init__()
-        _check_attention(channels, num_heads, window_size, kernel_sizes, key_dim)
+        _check_attention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input)
         self.channels = channels
         self.num_heads = num_heads
         self.window_size = window_size
         self.key_dim = key_dim
         self.kernel_sizes = tuple(kernel_sizes[:num_heads])
+        self.head_input = head_input
         self.value_dim = channels // num_heads
         self.scale = key_dim**-0.5
 
-        self.qkvs = nn.ModuleList(ConvBN(self.value_dim, 2 * key_dim + self.value_dim) for _ in range(num_heads))
+        seen = channels if head_input == "full" else self.value_dim
+        self.qkvs = nn.ModuleList(ConvBN(seen, 2 * key_dim + self.value_dim) for _ in range(num_heads))
         self.dws = nn.ModuleList(
             ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim) for kernel in self.kernel_sizes
         )
@@ -118,7 +126,7 @@ class CascadedGroupAttention(nn.Module):
         """
         _check_windows(windows, self.channels, self.window_size)
         biases = self.attention_biases[:, self.attention_bias_idxs]  # [H, N, N]
-        return self.proj(cascade(windows, self.qkvs, self.dws, biases, self.scale))
+        return self.proj(cascade(windows, self.qkvs, self.dws, biases, self.scale, self.head_input))
 
     def folded(self) -> FoldedCascadedGroupAttention:
         """What this module is in evaluation mode, for inference only."""
@@ -148,6 +156,7 @@ class FoldedCascadedGroupAttention(nn.Module):
         self.window_size = attention.window_size
         self.key_dim = attention.key_dim
         self.kernel_sizes = attention.kernel_sizes
+        self.head_input = attention.head_input
         self.qkvs = nn.ModuleList(_fold(layer) for layer in attention.qkvs)
         self.dws = nn.ModuleList(_fold(layer, gain=attention.scale) for layer in attention.dws)
         self.proj = _fold(attention.proj[1])
@@ -159,7 +168,7 @@ class FoldedCascadedGroupAttention(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """Attend inside each window: as `CascadedGroupAttention.forward`."""
         _check_windows(windows, self.channels, self.window_size)
-        return self.proj(cascade(windows, self.qkvs, self.dws, self.biases).relu())
+        return self.proj(cascade(windows, self.qkvs, self.dws, self.biases, head_input=self.head_input).relu())
 
 
 def cascade(
@@ -168,15 +177,17 @@ def cascade(
     dws: Iterable[Callable[[Tensor], Tensor]],
     biases: Tensor,
     scale: float | None = None,
+    head_input: HeadInput = "cascade",
 ) -> Tensor:
     """The heads of cascaded group attention, one after the other; see `CascadedGroupAttention`.
 
     Args:
         windows: `[B*W, H*d, r, r]`.
-        qkvs: for each head the map from its `d` channels to those of query, key and value.
+        qkvs: for each head the map from the channels it sees to those of query, key and value, the last `d`.
         dws: for each head the map of its query over the window.
         biases: `[H, N, N]`, N = r * r, rows index queries.
         scale: factor on the scores before the bias; None when `dws` has it.
+        head_input: what a head sees.
 
     Returns:
         The heads' outputs `[B*W, H*d, r, r]`, before ReLU and projection.
@@ -184,7 +195,13 @@ def cascade(
     outputs: list[Tensor] = []
     pieces = windows.chunk(len(biases), dim=1)
     for piece, qkv, dw, bias in zip(pieces, qkvs, dws, biases, strict=True):
-        source = piece + outputs[-1] if outputs else piece
+        match head_input:
+            case "cascade":
+                source = piece + outputs[-1] if outputs else piece
+            case "slice":
+                source = piece
+            case "full":
+                source = windows
         mixed = qkv(source)
         key_dim = (mixed.shape[1] - piece.shape[1]) // 2
         query, key, value = mixed.split([key_dim, key_dim, piece.shape[1]], dim=1)
@@ -202,7 +219,7 @@ class LocalWindowAttention(nn.Module):
     take part in the softmax of their window as keys.
 
     Args:
-        channels, num_heads, window_size, kernel_sizes, key_dim: see `CascadedGroupAttention`.
+        channels, num_heads, window_size, kernel_sizes, key_dim, head_input: see `CascadedGroupAttention`.
     """
 
     def __init__(
@@ -212,10 +229,11 @@ class LocalWindowAttention(nn.Module):
         window_size: int,
         kernel_sizes: Sequence[int],
         key_dim: int = 16,
+        head_input: HeadInput = "cascade",
     ) -> None:
         super().__init__()
         self.attn: CascadedGroupAttention | FoldedCascadedGroupAttention
-        self.attn = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim)
+        self.attn = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, height, width]` to a map of the same shape."""
@@ -322,7 +340,7 @@ def _check_windows(windows: Tensor, channels: int, window_size: int) -> None:
 
 
 def _check_attention(
-    channels: int, num_heads: int, window_size: int, kernel_sizes: Sequence[int], key_dim: int
+    channels: int, num_heads: int, window_size: int, kernel_sizes: Sequence[int], key_dim: int, head_input: str
 ) -> None:
     for name, value in (("num_heads", num_heads), ("window_size", window_size), ("key_dim", key_dim)):
         if value < 1:
@@ -338,3 +356,5 @@ def _check_attention(
         raise ValueError(
             f"kernel_sizes must be odd and positive so that the map keeps its size; got {tuple(kernel_sizes)}"
         )
+    if head_input not in get_args(HeadInput):
+        raise ValueError(f"head_input must be one of {', '.join(map(repr, get_args(HeadInput)))}; got {head_input!r}")

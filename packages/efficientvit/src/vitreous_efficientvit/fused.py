@@ -115,6 +115,8 @@ def check_fusable(backbone: nn.Module) -> None:
         if isinstance(module, CascadedGroupAttention | FoldedCascadedGroupAttention):
             value_dim = module.channels // module.num_heads
             found = attention_reasons(module.key_dim, value_dim, module.window_size)
+            if module.head_input != "cascade":
+                found.append(f"head_input must be 'cascade'; got {module.head_input!r}")
         elif isinstance(module, FFN):
             found = feed_forward_reasons(next(module.pw1.parameters()).shape[1])
         else:

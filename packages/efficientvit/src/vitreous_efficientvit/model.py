@@ -20,7 +20,7 @@ from vitreous_core.deploy import check_evaluating, check_trainable, seal
 from vitreous_core.fold import fold_mean, fold_norm_linear
 from vitreous_core.recompute import recompute
 
-from .attention import ConvBN, LocalWindowAttention
+from .attention import ConvBN, HeadInput, LocalWindowAttention
 
 if TYPE_CHECKING:
     from .ops import Backend
@@ -29,7 +29,7 @@ STEM_STRIDE = 16
 NUM_STAGES = 3
 
 _ARCH_REQUIRED = frozenset({"channels", "depths", "num_heads", "kernel_sizes"})
-_ARCH_OPTIONAL = frozenset({"window_size", "key_dim"})
+_ARCH_OPTIONAL = frozenset({"window_size", "key_dim", "head_input", "ffns", "ffn_ratio"})
 
 
 def _settings(
@@ -56,7 +56,10 @@ class EfficientViTMSRA(nn.Module):
     Args:
         arch: `"m0"` to `"m5"`, or a dict with `channels`, `depths`, `num_heads` (three entries each) and
             `kernel_sizes` (of the query convolution, by head index, shared by the stages), and optionally
-            `window_size` (7) and `key_dim` (16).
+            `window_size` (7), `key_dim` (16, or an entry for each stage), and what the paper's ablations change
+            (section 4.4): `head_input` (`"cascade"`, see `CascadedGroupAttention`), `ffns` (1, 1), the FFNs of a block
+            before and after its attention, each behind a depthwise conv, and `ffn_ratio` (2), the expansion of all
+            FFNs.
         img_size: input size the windows are made for, int or (height, width), multiples of 16.
         in_channels: image channels.
         out_indices: stages whose maps are returned, int or sequence, negative ones count from the end.
@@ -108,23 +111,26 @@ class EfficientViTMSRA(nn.Module):
         self.deploy_backend: Backend | None = None
 
         self.patch_embed = _stem(in_channels, self.channels[0])
-        window_size, key_dim = arch.get("window_size", 7), arch.get("key_dim", 16)
+        ffn_ratio = arch.get("ffn_ratio", 2)
         last = max(sum(self.depths) - 1, 1)
         rates = (drop_path_rate * block / last for block in count())
         side = min(self.img_size) // STEM_STRIDE
         for stage in range(NUM_STAGES):
             layers: list[nn.Module] = []
             if stage > 0:
-                layers += _subsample(self.channels[stage - 1], self.channels[stage])
+                layers += _subsample(self.channels[stage - 1], self.channels[stage], ffn_ratio)
                 side = (side - 1) // 2 + 1
             layers += [
                 EfficientViTBlock(
                     self.channels[stage],
                     arch["num_heads"][stage],
-                    min(window_size, side),
+                    min(arch.get("window_size", 7), side),
                     arch["kernel_sizes"],
-                    key_dim,
+                    _key_dims(arch)[stage],
                     drop_path=next(rates),
+                    head_input=arch.get("head_input", "cascade"),
+                    ffns=arch.get("ffns", (1, 1)),
+                    ffn_ratio=ffn_ratio,
                 )
                 for _ in range(self.depths[stage])
             ]
@@ -337,7 +343,11 @@ class EfficientViTMSRAHead(nn.Module):
 
 
 class EfficientViTBlock(nn.Sequential):
-    """Sandwich block: one attention layer between two depthwise convolutions and two FFNs; figure 6b."""
+    """Sandwich block: one attention layer between two depthwise convolutions and two FFNs; figure 6b.
+
+    With `ffns=(N, N)` there are N of both on each side (equation 1). `(0, 1)` is the order of Swin and of most others:
+    attention, then one FFN.
+    """
 
     def __init__(
         self,
@@ -347,14 +357,23 @@ class EfficientViTBlock(nn.Sequential):
         kernel_sizes: Sequence[int],
         key_dim: int,
         drop_path: float,
+        head_input: HeadInput,
+        ffns: Sequence[int],
+        ffn_ratio: float,
     ) -> None:
         super().__init__()
-        attention = LocalWindowAttention(channels, num_heads, window_size, kernel_sizes, key_dim)
-        self.dw0 = Residual(_depthwise(channels, gamma=0.0), drop_path)
-        self.ffn0 = Residual(FFN(channels), drop_path)
+        attention = LocalWindowAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input)
+
+        def add_ffn(index: int) -> None:
+            self.add_module(f"dw{index}", Residual(_depthwise(channels, gamma=0.0), drop_path))
+            self.add_module(f"ffn{index}", Residual(FFN(channels, ffn_ratio), drop_path))
+
+        before, after = ffns
+        for index in range(before):
+            add_ffn(index)
         self.mixer = Residual(attention, drop_path)
-        self.dw1 = Residual(_depthwise(channels, gamma=0.0), drop_path)
-        self.ffn1 = Residual(FFN(channels), drop_path)
+        for index in range(before, before + after):
+            add_ffn(index)
 
 
 class Residual(nn.Module):
@@ -374,13 +393,14 @@ class Residual(nn.Module):
 
 
 class FFN(nn.Module):
-    """Two 1x1 convolutions with a ReLU between, expansion 2."""
+    """Two 1x1 convolutions with a ReLU between, `ratio` times as many channels there."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, ratio: float = 2) -> None:
         super().__init__()
-        self.pw1 = ConvBN(channels, 2 * channels)
+        hidden = int(ratio * channels)
+        self.pw1 = ConvBN(channels, hidden)
         self.act = nn.ReLU()
-        self.pw2 = ConvBN(2 * channels, channels, gamma=0.0)
+        self.pw2 = ConvBN(hidden, channels, gamma=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pw2(self.act(self.pw1(x)))
@@ -443,9 +463,9 @@ def _stem(in_channels: int, channels: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _subsample(in_channels: int, out_channels: int) -> list[nn.Module]:
+def _subsample(in_channels: int, out_channels: int, ffn_ratio: float) -> list[nn.Module]:
     def local(channels: int) -> nn.Sequential:
-        return nn.Sequential(Residual(_depthwise(channels, gamma=1.0)), Residual(FFN(channels)))
+        return nn.Sequential(Residual(_depthwise(channels, gamma=1.0)), Residual(FFN(channels, ffn_ratio)))
 
     return [local(in_channels), PatchMerging(in_channels, out_channels), local(out_channels)]
 
@@ -492,7 +512,19 @@ def _checked_arch(arch: str | Mapping[str, Any], settings: Mapping[str, Mapping[
             f"arch['channels'][0] must be a multiple of 8, the stem starts with an eighth of it; "
             f"got {arch['channels'][0]}"
         )
+    if len(_key_dims(arch)) != NUM_STAGES:
+        raise ValueError(f"arch['key_dim'] must be one number or {NUM_STAGES}; got {arch['key_dim']}")
+    ffns = arch.get("ffns", (1, 1))
+    if not isinstance(ffns, Sequence) or len(ffns) != 2 or min(ffns) < 0 or sum(ffns) < 1:
+        raise ValueError(f"arch['ffns'] must be (before, after), not negative and not both 0; got {ffns}")
+    if arch.get("ffn_ratio", 2) < 1:
+        raise ValueError(f"arch['ffn_ratio'] must be at least 1; got {arch['ffn_ratio']}")
     return arch
+
+
+def _key_dims(arch: Mapping[str, Any]) -> Sequence[int]:
+    key_dim = arch.get("key_dim", 16)
+    return (key_dim,) * NUM_STAGES if isinstance(key_dim, int) else key_dim
 
 
 def _checked_img_size(img_size: int | Sequence[int]) -> tuple[int, int]:

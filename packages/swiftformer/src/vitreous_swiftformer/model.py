@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitreous_core.backbone import stage_indices
 from vitreous_core.deploy import check_evaluating, check_trainable, seal
+from vitreous_core.errors import BackendUnsupported
 from vitreous_core.fold import (
     fold_conv_norm,
     fold_conv_norm_conv,
@@ -27,9 +28,12 @@ from vitreous_core.fold import (
 )
 from vitreous_core.recompute import recompute
 
+from .ablations import KeyValueAdditiveAttention, SelfAttention
 from .attention import EfficientAdditiveAttention, FoldedAdditiveAttention
 from .ops import Backend, conv_encoder
 from .ops.backends import encoder_backend
+
+Attention = Literal["additive", "additive_kv", "self"]
 
 
 class SwiftFormer(nn.Module):
@@ -56,10 +60,14 @@ class SwiftFormer(nn.Module):
         backend: `"torch"`, `"triton"`, or `"auto"`, which chooses (see `ops.choose_backend`). `"triton"` is kernels for
             the additive attention, and in deploy mode, which then has to be in half precision, for the convolutional
             blocks that have one (see `ops.backends.encoder_backend`).
+        attention: `"additive"`, or what the paper's ablations compare it with (table 1 and the appendix):
+            `"additive_kv"`, the same with the interaction of keys and values (`KeyValueAdditiveAttention`), and
+            `"self"`, softmax self-attention (`SelfAttention`), quadratic in the tokens.
 
     Raises:
         TypeError: for an `arch` or `out_indices` of another type.
-        ValueError: for an unknown architecture or backend, or a value out of range.
+        ValueError: for an unknown architecture, backend or attention, or a value out of range.
+        BackendUnsupported: for `backend="triton"` with `attention="self"`, which has no kernel.
     """
 
     arch_settings: ClassVar[dict[str, dict[str, Any]]] = {
@@ -79,6 +87,7 @@ class SwiftFormer(nn.Module):
         with_cp: bool = False,
         drop_path_rate: float = 0.0,
         backend: Backend = "auto",
+        attention: Attention = "additive",
     ) -> None:
         super().__init__()
         arch = _checked_arch(arch, self.arch_settings)
@@ -89,6 +98,8 @@ class SwiftFormer(nn.Module):
             raise ValueError(f"frozen_stages must lie in -1..{stages}; got {frozen_stages}")
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must lie in [0, 1); got {drop_path_rate}")
+        if attention not in get_args(Attention):
+            raise ValueError(f"attention must be one of {', '.join(map(repr, get_args(Attention)))}; got {attention!r}")
         self.in_channels = in_channels
         self.out_indices = stage_indices(out_indices, stages)
         self.frozen_stages = frozen_stages
@@ -103,7 +114,8 @@ class SwiftFormer(nn.Module):
         for stage, (channels, depth) in enumerate(zip(self.channels, self.depths, strict=True)):
             if stage > 0:
                 self.network.append(Downsample(self.channels[stage - 1], channels))
-            self.network.append(_stage(channels, arch.get("mlp_ratio", 4), list(islice(rates, depth)), backend))
+            drop_paths = list(islice(rates, depth))
+            self.network.append(_stage(channels, arch.get("mlp_ratio", 4), drop_paths, backend, attention))
         for stage in self.out_indices:
             self.add_module(self._norm_name(stage), nn.BatchNorm2d(self.channels[stage]))
         self.register_load_state_dict_pre_hook(_rename_last_norm)
@@ -350,15 +362,24 @@ class ConvEncoder(nn.Module):
 
 
 class SwiftFormerEncoder(nn.Module):
-    """Local representation, additive attention over all positions, and an MLP, each with a residual."""
+    """Local representation, attention (additive, but in ablations) over all positions, and an MLP."""
 
-    def __init__(self, channels: int, hidden: int, drop_path: float = 0.0, backend: Backend = "auto") -> None:
+    attn: EfficientAdditiveAttention | FoldedAdditiveAttention | KeyValueAdditiveAttention | SelfAttention
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        drop_path: float = 0.0,
+        backend: Backend = "auto",
+        attention: Attention = "additive",
+    ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.layer_scale_1: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.layer_scale_2: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.local_representation = ConvEncoder(channels, channels, drop_path, backend)
-        self.attn: EfficientAdditiveAttention | FoldedAdditiveAttention = EfficientAdditiveAttention(channels, backend)
+        self.attn = _attention(attention, channels, backend)
         self.linear = Mlp(channels, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -372,11 +393,12 @@ class SwiftFormerEncoder(nn.Module):
         return self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
     def fold(self) -> None:
-        """Attention in its folded form; layer scales into the last maps of the attention and of the MLP."""
-        assert isinstance(self.attn, EfficientAdditiveAttention)
-        self.attn = self.attn.folded(self.layer_scale_1)
+        """Additive attention in its folded form with its layer scale; the MLP's layer scale into its last map."""
+        if isinstance(self.attn, EfficientAdditiveAttention):
+            self.attn = self.attn.folded(self.layer_scale_1)
+            self.layer_scale_1 = None
         self.linear.fc2 = fold_gain(self.linear.fc2, self.layer_scale_2)
-        self.layer_scale_1 = self.layer_scale_2 = None
+        self.layer_scale_2 = None
 
 
 class Mlp(nn.Module):
@@ -425,11 +447,25 @@ def _stem(in_channels: int, channels: int) -> nn.Sequential:
     )
 
 
-def _stage(channels: int, mlp_ratio: float, drop_path_rates: Sequence[float], backend: Backend) -> nn.Sequential:
+def _stage(
+    channels: int, mlp_ratio: float, drop_path_rates: Sequence[float], backend: Backend, attention: Attention
+) -> nn.Sequential:
     hidden = int(mlp_ratio * channels)
     *before, last = drop_path_rates
     blocks: list[nn.Module] = [ConvEncoder(channels, hidden, rate, backend) for rate in before]
-    return nn.Sequential(*blocks, SwiftFormerEncoder(channels, hidden, last, backend))
+    return nn.Sequential(*blocks, SwiftFormerEncoder(channels, hidden, last, backend, attention))
+
+
+def _attention(
+    kind: Attention, channels: int, backend: Backend
+) -> EfficientAdditiveAttention | KeyValueAdditiveAttention | SelfAttention:
+    if kind == "additive":
+        return EfficientAdditiveAttention(channels, backend)
+    if kind == "additive_kv":
+        return KeyValueAdditiveAttention(channels, backend)
+    if backend == "triton":
+        raise BackendUnsupported(backend, ["attention='self' has no kernel"])
+    return SelfAttention(channels)
 
 
 def _add_branch(block: ConvEncoder | SwiftFormerEncoder, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
