@@ -64,6 +64,10 @@ def test_compiled_and_channels_last() -> None:
     assert rows(PROBLEM, provider)["same", TRAIN]["facts"]["channels_last"]
     prepared = model_provider("same", Network, compiled=True).prepare(PROBLEM, torch.device("cpu"))
     assert prepared.facts["compiled"]
+    overhead = model_provider("same", Network, compiled=True, compile_mode="reduce-overhead", graphed=True)
+    prepared = overhead.prepare(PROBLEM, torch.device("cpu"))
+    assert prepared.facts["compile_mode"] == "reduce-overhead"
+    assert prepared.steps.keys() == {INFER}
 
 
 def test_networks_that_differ_are_not_compared() -> None:

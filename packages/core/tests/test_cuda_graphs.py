@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -80,6 +82,24 @@ def test_weights_that_move_are_captured_anew(captures: list[tuple[int, ...]]) ->
     assert len(graphed) == 0
 
 
+@pytest.mark.compile
+@torch.no_grad()
+def test_a_compiled_module_compiles_once_for_each_kind(captures: list[tuple[int, ...]]) -> None:
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    module, plain = Doubled().eval(), Doubled().eval()
+    plain.load_state_dict(module.state_dict())
+    module.compile(backend=backend, dynamic=False)
+    graphed = GraphedModule(module)
+    for x in (torch.randn(3, 4), torch.randn(3, 4), torch.randn(2, 4)):
+        torch.testing.assert_close(graphed(x, x), plain(x, x))
+    assert len(compiled) == len(captures) == 2
+
+
 def test_refuses_with_every_reason() -> None:
     graphed = GraphedModule(Doubled())
     x = torch.randn(2, 4, requires_grad=True)
@@ -124,3 +144,49 @@ def test_a_replay_is_the_module() -> None:
             assert graphed(batches[0]).dtype != plain.dtype
             torch.testing.assert_close(graphed(batches[0]), module(batches[0]))
     assert len(graphed) == 2  # one for each precision
+
+
+@pytest.mark.gpu
+@pytest.mark.compile
+def test_a_replay_of_a_compiled_module_is_the_module() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 5, 1)).cuda().eval()
+    plain = copy.deepcopy(module)
+    module.compile(dynamic=False)
+    graphed = GraphedModule(module)
+    batches = [torch.randn(size, 3, 16, 16, device="cuda") for size in (4, 2, 4)]
+    with torch.inference_mode():
+        results = [graphed(images) for images in batches]
+        for images, result in zip(batches, results, strict=True):
+            torch.testing.assert_close(result, plain(images))
+        module[0].weight.mul_(-1)
+        assert not torch.allclose(graphed(batches[0]), results[0])
+    assert len(graphed) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.compile
+def test_training_steps_are_replayed_without_a_skip() -> None:
+    """What `vitreous train --compile reduce-overhead` and the benchmark's training steps rely on."""
+    from torch._dynamo.utils import counters
+
+    def train(module: nn.Module) -> list[float]:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        generator = torch.Generator("cuda").manual_seed(0)
+        losses = []
+        for _ in range(6):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = module(torch.randn(4, 3, 16, 16, generator=generator, device="cuda")).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 5, 1)).cuda()
+    plain = copy.deepcopy(module)
+    counters.clear()
+    module.compile(dynamic=False, mode="reduce-overhead")
+    # bfloat16 rounds the two ways at other places.
+    assert train(module) == pytest.approx(train(plain), rel=0.05)
+    assert counters["inductor"]["cudagraph_skips"] == 0

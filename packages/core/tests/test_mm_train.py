@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,32 @@ def _autocast():
 
 def test_amp_names_the_wrappers_it_knows(vitreous):
     assert _refused(vitreous("--amp", *_options(optim_wrapper__type="ApexOptimWrapper")), "AGCOptimWrapper")
+
+
+@pytest.mark.compile
+def test_a_compiled_backbone_trains_alike(config_file, work_dir, tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs, **_):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(training, "CompileHook", partial(training.CompileHook, backend=backend))
+    config = training.load_config(config_file, {"train_cfg.max_epochs": 1})
+    losses = {}
+    for name, mode in (("plain", None), ("compiled", "reduce-overhead")):
+        training.train(config, work_dir=tmp_path / name, compile_mode=mode, console=Console(quiet=True))
+        train_records, _ = training.read_history(tmp_path / name)
+        losses[name] = [record["loss"] for record in train_records]
+    assert graphs
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5)
+    names = [load_checkpoint(tmp_path / name / "epoch_1.pth")["state_dict"].keys() for name in losses]
+    assert names[0] == names[1]
+
+
+def test_graphs_and_accumulated_gradients_are_refused(vitreous):
+    result = vitreous("--compile", "reduce-overhead", *_options(optim_wrapper__accumulative_counts=2))
+    assert _refused(result, "accumulative_counts=2", "mode 'default'")
 
 
 def test_mistakes_in_configs_are_one_line(vitreous, tmp_path, config_file):

@@ -65,7 +65,7 @@ def test_deployed_networks_agree() -> None:
     prepared = provider.prepare(problem, torch.device("cpu"))
     assert prepared.gate is not None
     assert prepared.gate([INFER]).passed
-    (graphed,) = (provider for provider in case.providers if provider.name == "deploy-graph")
+    (graphed,) = (provider for provider in case.providers if provider.name == "deploy-compiled-graph")
     step = graphed.prepare(problem, torch.device("cpu")).steps[INFER]
     with pytest.raises(RuntimeError, match="CUDA device"):
         step()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from vitreous_core import triton_support
+from vitreous_core.deploy import switch_to_deploy
 from vitreous_core.errors import BackendUnsupported
 from vitreous_swiftformer import EfficientAdditiveAttention
 from vitreous_swiftformer.ops import additive_attention, additive_attention_packed, choose_backend, contracts
+from vitreous_swiftformer.ops.backends import resolve
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BOTH = [
@@ -128,9 +132,40 @@ def test_a_module_is_the_same_by_either_backend(where: str, monkeypatch: pytest.
         assert (actual.flatten(2).mT - 2 * results[0][0]).abs().max() <= 1e-5 * actual.abs().max()
 
 
-def test_auto_is_torch_until_rows_are_recorded() -> None:
-    for device in ("cpu", "cuda"):
-        assert choose_backend(device, torch.float16, 3136, 48) == "torch"
+def test_auto_is_triton_in_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a GPU the answer is for a current one.
+    monkeypatch.setattr(triton_support, "_read_capability", lambda index: (9, 0))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert choose_backend("cuda", dtype, 3136, 48) == "triton"
+        assert choose_backend("cuda", dtype, 49, 512) == "triton"
+        assert choose_backend("cuda", dtype, 49, 513) == "torch"
+        assert choose_backend("cpu", dtype, 3136, 48) == "torch"
+    for wide in (torch.float32, torch.float64):
+        assert choose_backend("cuda", wide, 3136, 48) == "torch"
+    device = torch.device("cuda")
+    assert resolve("auto", device, torch.float16, torch.float32, 49, 48) == "triton"
+    assert resolve("auto", device, torch.float16, torch.float64, 49, 48) == "torch"
+    monkeypatch.setattr(triton_support, "_read_capability", lambda index: (7, 5))
+    assert choose_backend("cuda", torch.float16, 3136, 48) == "torch"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_network_takes_the_kernels_by_itself(build: Any, tiny: dict[str, Any]) -> None:
+    """In training mode and in deploy mode, with the results of the named backend."""
+    images = draw(2, 3, 40, 24).half().to(memory_format=torch.channels_last)
+    for deploy in (False, True):
+        results = {}
+        for backend in ("auto", "torch"):
+            model = build(tiny, backend=backend).to(DEVICE, torch.float16, memory_format=torch.channels_last)
+            if deploy:
+                switch_to_deploy(model)
+            with torch.profiler.profile() as profile:
+                results[backend] = model(images)
+            names = {event.name for event in profile.events()}
+            assert any("_additive_fwd_kernel" in name for name in names) == (backend == "auto")
+            assert not any("_encoder_kernel" in name for name in names)
+        torch.testing.assert_close(results["auto"], results["torch"], rtol=1e-2, atol=1e-2)
 
 
 def test_the_truth_side_by_side() -> None:

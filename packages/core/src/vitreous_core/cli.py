@@ -95,6 +95,8 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
                          help="continue from the work dir's last whole checkpoint, or from this one")  # fmt: skip
     command.add_argument("--amp", action="store_true", help="mixed precision (bfloat16 on a CPU)")
+    command.add_argument("--compile", nargs="?", const="default", choices=["default", "reduce-overhead"],
+                         help="compile the backbone; reduce-overhead replays it as CUDA graphs")  # fmt: skip
 
     command = add("test", _test, "evaluate a checkpoint on the config's test data")
     _add_run_options(command)
@@ -260,8 +262,9 @@ def _train(options: argparse.Namespace) -> None:
 
     try:
         result = train(
-            config, work_dir=options.work_dir, resume=options.resume, amp=options.amp, launcher=options.launcher
-        )
+            config, work_dir=options.work_dir, resume=options.resume, amp=options.amp, compile_mode=options.compile,
+            launcher=options.launcher,
+        )  # fmt: skip
     except KeyboardInterrupt:
         work_dir = find_work_dir(config, options.work_dir)
         again = f"vitreous train {options.config} --work-dir {work_dir} --resume"

@@ -28,6 +28,9 @@ class GraphedModule:
     that the graph reads, results out of the memory that it writes, so both are the caller's. The module must do the
     same work for every input of a kind: no choice by values, no transfer to the host, no random numbers.
 
+    A compiled module (`module.compile()`) compiles in the calls before the capture: few kernels, in one launch. Leave
+    modes of `torch.compile` with graphs of their own, such as `"reduce-overhead"`, to training.
+
     Weights are read where they lie. Changes in place, such as `load_state_dict`, show at once; when parameters have
     moved, their graphs are captured anew. After exchanging layers call `reset()`. Not for several threads at once.
 

@@ -12,6 +12,7 @@ from vitreous_core.fold import exact
 from .ops import Backend, additive_attention, additive_attention_packed
 from .ops.backends import check_backend, resolve
 from .ops.reference import unit_length
+from .pointwise import PointwiseConv2d
 
 
 class EfficientAdditiveAttention(nn.Module):
@@ -107,8 +108,8 @@ class FoldedAdditiveAttention(nn.Module):
         dim = self.dim = attention.dim
         self.backend = attention.backend
         place: dict[str, Any] = {"device": attention.w_g.device, "dtype": attention.w_g.dtype}
-        self.qk_proj = nn.Conv2d(dim, 2 * dim, kernel_size=1, **place)
-        self.out_proj = nn.Conv2d(2 * dim, dim, kernel_size=1, **place)
+        self.qk_proj = PointwiseConv2d(dim, 2 * dim, **place)
+        self.out_proj = PointwiseConv2d(2 * dim, dim, **place)
         self.register_buffer("w_g", torch.empty(dim, 1, **place))
 
         scale = exact(layer_scale).flatten()

@@ -14,8 +14,18 @@ from torch import nn
 
 from vitreous_core.bench.attention import BOTH, FORWARD
 from vitreous_core.bench.case import Case, Goal, Unavailable
-from vitreous_core.bench.models import INFER, TRAIN, Build, ModelProblem, State, load_weights, model_provider
-from vitreous_core.bench.runtimes import Adopt, folded, runtime_provider
+from vitreous_core.bench.models import (
+    INFER,
+    TRAIN,
+    Adopt,
+    Build,
+    ModelProblem,
+    State,
+    load_weights,
+    model_provider,
+    variants,
+)
+from vitreous_core.bench.runtimes import folded, runtime_provider
 from vitreous_core.testing.golden import golden_state
 
 from .bench_attention import TokensProblem, tokens_provider
@@ -34,12 +44,17 @@ def cases() -> Sequence[Case]:
 
 
 def inference_cases() -> Iterator[Case]:
-    """S1: inference in half precision, channels-last."""
+    """S1: inference in half precision, channels-last.
+
+    `deploy-triton` is deploy mode as it comes, whose attention is Triton's; `deploy` keeps to plain PyTorch, and
+    `deploy-encoder` has the kernel of the convolutional blocks too.
+    """
     for arch in NETWORKS:
-        ours, theirs = partial(classifier, arch), partial(timm_classifier, arch)
+        ours, theirs = partial(classifier, arch, "torch"), partial(timm_classifier, arch)
         networks: dict[str, tuple[Build, Adopt]] = {
-            "deploy-triton": (partial(classifier, arch, "triton"), folded),
-            "deploy": (partial(classifier, arch, "torch"), folded),
+            "deploy-triton": (partial(classifier, arch), folded),
+            "deploy": (ours, folded),
+            "deploy-encoder": (partial(classifier, arch, "triton"), folded),
             "eager": (ours, load_weights),
             "timm": (theirs, adopt_in_timm),
         }
@@ -47,44 +62,41 @@ def inference_cases() -> Iterator[Case]:
             problem = ModelProblem(
                 f"swiftformer-{arch}", ours, batch, dtype="float16", autocast=False, series=f"{arch} {batch}"
             )
-            providers = tuple(
-                model_provider(
-                    name + suffix, build, adopt=adopt, channels_last=True,
-                    compiled=suffix == "-compiled", graphed=suffix == "-graph",
-                )
-                for name, (build, adopt) in networks.items()
-                for suffix in ("", "-compiled", "-graph")
-                # A graph hides launches, which many images hide themselves.
-                if suffix != "-graph" or batch == 1
-            )  # fmt: skip
+            names = [
+                "deploy-triton", "deploy-triton-graph", "deploy-triton-compiled", "deploy-triton-compiled-graph",
+                "deploy-compiled-graph", "deploy-encoder-graph", "eager",
+                "timm", "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
+            ]  # fmt: skip
             goals = (
                 Goal(INFER, "speed-up", 2.8, over="timm"),
                 Goal(INFER, "speed-up", 1.4, over="timm-compiled"),
             )
-            fastest = "deploy-triton-graph" if batch == 1 else "deploy-triton-compiled"
+            # Many images hide the launches, and a graph would have to copy them.
+            fastest = "deploy-triton-compiled-graph" if batch <= 128 else "deploy-triton-compiled"
             yield Case(
-                f"S1/{arch}-batch{batch}", "S1", problem, providers, (INFER,), ours=fastest, goals=goals, clock="wall"
+                f"S1/{arch}-batch{batch}", "S1", problem, variants(names, networks), (INFER,), ours=fastest,
+                goals=goals, clock="wall",
             )  # fmt: skip
 
 
 def training_cases() -> Iterator[Case]:
-    """S2: a training step under autocast."""
+    """S2: a training step under autocast. `triton` is training as it comes, `eager` keeps to plain PyTorch."""
     for arch in NETWORKS:
-        ours = partial(classifier, arch)
+        ours = partial(classifier, arch, "torch")
         networks: dict[str, tuple[Build, Adopt]] = {
-            "triton": (partial(classifier, arch, "triton"), load_weights),
-            "eager": (partial(classifier, arch, "torch"), load_weights),
+            "triton": (partial(classifier, arch), load_weights),
+            "eager": (ours, load_weights),
             "timm": (partial(timm_classifier, arch), adopt_in_timm),
         }
         problem = ModelProblem(f"swiftformer-{arch}", ours, 128, series=arch)
-        providers = tuple(
-            model_provider(name + suffix, build, adopt=adopt, channels_last=True, compiled=bool(suffix))
-            for name, (build, adopt) in networks.items()
-            for suffix in ("", "-compiled")
-        )
+        names = (
+            "triton", "triton-compiled", "triton-reduce-overhead", "eager", "eager-reduce-overhead",
+            "timm", "timm-compiled", "timm-reduce-overhead",
+        )  # fmt: skip
         goal = Goal(TRAIN, "speed-up", 1.5, over="timm")
         yield Case(
-            f"S2/{arch}", "S2", problem, providers, (TRAIN,), ours="triton-compiled", goals=(goal,), clock="wall"
+            f"S2/{arch}", "S2", problem, variants(names, networks), (TRAIN,), ours="triton-reduce-overhead",
+            goals=(goal,), clock="wall",
         )  # fmt: skip
 
 

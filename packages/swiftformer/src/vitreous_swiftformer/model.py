@@ -32,6 +32,7 @@ from .ablations import KeyValueAdditiveAttention, SelfAttention
 from .attention import EfficientAdditiveAttention, FoldedAdditiveAttention
 from .ops import Backend, conv_encoder
 from .ops.backends import encoder_backend
+from .pointwise import PointwiseConv2d
 
 Attention = Literal["additive", "additive_kv", "self"]
 
@@ -57,9 +58,9 @@ class SwiftFormer(nn.Module):
         with_cp: recompute the blocks in the backward pass to save memory; results are unchanged.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 and applied to every residual
             branch (officially only to those of the attention blocks); the paper uses none.
-        backend: `"torch"`, `"triton"`, or `"auto"`, which chooses (see `ops.choose_backend`). `"triton"` is kernels for
-            the additive attention, and in deploy mode, which then has to be in half precision, for the convolutional
-            blocks that have one (see `ops.backends.encoder_backend`).
+        backend: of the additive attention: `"torch"`, `"triton"`, or `"auto"`, which chooses (see
+            `ops.choose_backend`). `"triton"` by name is also the kernel of those convolutional blocks that have one
+            (see `ops.backends.encoder_backend`) in deploy mode, which then has to be in half precision.
         attention: `"additive"`, or what the paper's ablations compare it with (table 1 and the appendix):
             `"additive_kv"`, the same with the interaction of keys and values (`KeyValueAdditiveAttention`), and
             `"self"`, softmax self-attention (`SelfAttention`), quadratic in the tokens.
@@ -172,6 +173,7 @@ class SwiftFormer(nn.Module):
         * The shift between a depthwise convolution and `pwconv1` goes on into the latter's bias.
         * Attention takes its folded form (`FoldedAdditiveAttention`): two 1x1 convolutions instead of four linear maps,
           on maps instead of tokens.
+        * 1x1 convolutions become matrix products where maps are channels-last in half precision (`PointwiseConv2d`).
 
         What stays: the norms of the outputs, because what they follow is a sum, not a linear map (`SwiftFormerHead`
         can take over the last one); the residuals, whose branches are not linear.
@@ -355,9 +357,10 @@ class ConvEncoder(nn.Module):
 
     def fold(self) -> None:
         """Norm into the convolutions around it, layer scale into `pwconv2`."""
-        self.dwconv, self.pwconv1 = fold_conv_norm_conv(self.dwconv, self.norm, self.pwconv1)
+        self.dwconv, expand = fold_conv_norm_conv(self.dwconv, self.norm, self.pwconv1)
         self.norm = nn.Identity()
-        self.pwconv2 = fold_gain(self.pwconv2, self.layer_scale)
+        self.pwconv1 = PointwiseConv2d.from_conv(expand)
+        self.pwconv2 = PointwiseConv2d.from_conv(fold_gain(self.pwconv2, self.layer_scale))
         self.layer_scale = None
 
 
@@ -397,7 +400,7 @@ class SwiftFormerEncoder(nn.Module):
         if isinstance(self.attn, EfficientAdditiveAttention):
             self.attn = self.attn.folded(self.layer_scale_1)
             self.layer_scale_1 = None
-        self.linear.fc2 = fold_gain(self.linear.fc2, self.layer_scale_2)
+        self.linear.fc2 = PointwiseConv2d.from_conv(fold_gain(self.linear.fc2, self.layer_scale_2))
         self.layer_scale_2 = None
 
 
@@ -416,7 +419,7 @@ class Mlp(nn.Module):
 
     def fold(self) -> None:
         """Norm into the 1x1 convolution after it, which has no border to see the shift."""
-        self.fc1, self.norm1 = fold_norm_conv(self.norm1, self.fc1), nn.Identity()
+        self.fc1, self.norm1 = PointwiseConv2d.from_conv(fold_norm_conv(self.norm1, self.fc1)), nn.Identity()
 
 
 class Downsample(nn.Module):

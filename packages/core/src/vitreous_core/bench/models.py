@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +24,7 @@ _MIB = 2**20
 
 Build = Callable[[], nn.Module]
 State = dict[str, Tensor]
+Adopt = Callable[[nn.Module, State], object]
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def model_provider(
     name: str,
     build: Build,
     *,
-    adopt: Callable[[nn.Module, State], object] = load_weights,
+    adopt: Adopt = load_weights,
     compiled: bool = False,
+    compile_mode: str | None = None,
     graphed: bool = False,
     channels_last: bool = False,
     instead: ModelProblem | None = None,
@@ -93,13 +95,42 @@ def model_provider(
             library is missing.
         adopt: gives it the reference's weights.
         compiled: whether `torch.compile` compiles the whole network, without dynamic shapes.
+        compile_mode: of `torch.compile`; `"reduce-overhead"` replays forward and backward as CUDA graphs.
         graphed: replay inference as a CUDA graph, with the images copied into its memory; there is no training then.
         channels_last: memory format of weights and images.
         instead: compute another problem, where a paper compares different networks; the gate judges by that one.
         facts: for the row.
     """
-    settings = {"compiled": compiled, "graphed": graphed, "channels_last": channels_last, **(facts or {})}
+    settings = {
+        "compiled": compiled, "compile_mode": compile_mode, "graphed": graphed, "channels_last": channels_last,
+        **(facts or {}),
+    }  # fmt: skip
     return Provider(name, partial(_prepare, build=build, adopt=adopt, instead=instead, settings=settings))
+
+
+_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "": {},
+    "-compiled": {"compiled": True},
+    "-graph": {"graphed": True},
+    "-compiled-graph": {"compiled": True, "graphed": True},
+    "-reduce-overhead": {"compiled": True, "compile_mode": "reduce-overhead"},
+}
+
+
+def variants(names: Iterable[str], networks: Mapping[str, tuple[Build, Adopt]]) -> tuple[Provider, ...]:
+    """Providers in channels-last by their names: that of a network, and how it is run.
+
+    Args:
+        names: a name of `networks`, and behind it nothing, `"-compiled"`, `"-graph"` or `"-compiled-graph"` (inference
+            alone), or `"-reduce-overhead"`; see `model_provider`.
+        networks: how each is built and takes the reference's weights, by name.
+    """
+    known = {
+        network + suffix: model_provider(network + suffix, build, adopt=adopt, channels_last=True, **settings)
+        for network, (build, adopt) in networks.items()
+        for suffix, settings in _VARIANTS.items()
+    }
+    return tuple(known[name] for name in names)
 
 
 def _prepare(
@@ -107,7 +138,7 @@ def _prepare(
     device: torch.device,
     *,
     build: Build,
-    adopt: Callable[[nn.Module, State], object],
+    adopt: Adopt,
     instead: ModelProblem | None,
     settings: Mapping[str, Any],
 ) -> Prepared:
@@ -122,7 +153,7 @@ def _prepare(
     if settings["channels_last"]:
         module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     if settings["compiled"]:
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, mode=settings["compile_mode"])
     network = GraphedModule(module.eval()) if settings["graphed"] else module
     labels = torch.arange(problem.batch, device=device) % _CLASSES
     # At a rate of zero AdamW does all its work and leaves the weights as the gate wants them.

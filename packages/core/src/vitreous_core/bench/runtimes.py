@@ -16,12 +16,10 @@ from ..export.formats import FORMATS, quiet
 from ..export.program import capture
 from .attention import relative_error
 from .case import Gate, Prepared, Provider, Unavailable
-from .models import INFER, Build, ModelProblem, State, draw, load_weights, reference_of, truth_of
+from .models import INFER, Adopt, Build, ModelProblem, State, draw, load_weights, reference_of, truth_of
 
 _ALLOWANCE = 5.0
 """On top of PyTorch's own: runtimes choose faster convolutions and rougher exponentials."""
-
-Adopt = Callable[[nn.Module, State], object]
 
 
 def folded(module: nn.Module, state: State) -> None:

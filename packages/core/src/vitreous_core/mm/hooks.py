@@ -1,4 +1,4 @@
-"""Hooks that watch a training run: progress on the console, and the mistakes that would waste the run."""
+"""Hooks of a training run: compilation, progress on the console, and the mistakes that would waste the run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import UserError
 from .checkpoints import find_checkpoints
+
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of `torch.compile` that use CUDA graphs."""
 
 
 class NonFiniteLoss(UserError):
@@ -43,11 +47,39 @@ class NonFiniteLossHook(Hook):
                 )
 
 
+@HOOKS.register_module()
+class CompileHook(Hook):
+    """Train with the backbone compiled in place by `torch.compile`, for one batch size at a time.
+
+    Checkpoints keep their names. MMEngine's own key `compile` takes the whole training step instead, whose labels and
+    logs break it into many graphs.
+
+    Args:
+        mode: of `torch.compile`. `"reduce-overhead"` also replays forward and backward as CUDA graphs, for networks
+            whose kernels end before the host has launched the next.
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, mode: str = "default", backend: str = "inductor") -> None:
+        self.mode = mode
+        self.backend = backend
+
+    def before_train(self, runner: Runner) -> None:
+        steps = getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+        if self.mode in _GRAPH_MODES and steps > 1:
+            # Gradients lie in the graphs' memory, where the next replay writes over them: PyTorch issue 169545.
+            raise UserError(
+                f"compiling with mode {self.mode!r} cannot accumulate gradients; got optim_wrapper.accumulative_counts="
+                f"{steps}. Use 1, or mode 'default'"
+            )
+        _unwrapped(runner).backbone.compile(mode=self.mode, backend=self.backend, dynamic=False)
+
+
 class ClassCountHook(Hook):
     """Refuse to train a head on data with another number of classes, before a CUDA assertion does it."""
 
     def before_train(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _unwrapped(runner)
         metainfo = getattr(runner.train_dataloader.dataset, "metainfo", {})
         given = getattr(getattr(model, "head", None), "num_classes", None)
         needed = len(metainfo.get("classes") or ())
@@ -129,6 +161,10 @@ class ProgressHook(Hook):
     def _status(self, runner: Runner) -> str:
         best = runner.message_hub.runtime_info.get("best_score")
         return f"loss {self.loss:.4f}" + ("" if best is None else f"  best {best:.2f}")
+
+
+def _unwrapped(runner: Runner) -> Any:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _is_finite(value: Any) -> bool:

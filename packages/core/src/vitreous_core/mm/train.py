@@ -30,7 +30,7 @@ from rich.logging import RichHandler
 
 from ..errors import UserError
 from .checkpoints import ResumePoint, find_checkpoints, find_resume_point, load_weights, read_resume_point
-from .hooks import ClassCountHook, MovedRunHook, NonFiniteLossHook, ProgressHook
+from .hooks import ClassCountHook, CompileHook, MovedRunHook, NonFiniteLossHook, ProgressHook
 
 _LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -100,6 +100,7 @@ def train(
     work_dir: str | Path | None = None,
     resume: bool | str = False,
     amp: bool = False,
+    compile_mode: str | None = None,
     launcher: str = "none",
     console: Console | None = None,
 ) -> TrainResult:
@@ -111,6 +112,7 @@ def train(
         resume: True continues the run in `work_dir` from its last whole checkpoint, or starts it when there is
             none yet; a path continues from that checkpoint.
         amp: mixed precision; on a CPU it is bfloat16 autocast.
+        compile_mode: compile the backbone in this mode of `torch.compile` (see `CompileHook`); default not at all.
         launcher: how processes were started: `"none"`, `"pytorch"`, `"slurm"` or `"mpi"`.
         console: where progress is shown; default standard output.
 
@@ -136,6 +138,8 @@ def train(
         runner = build_runner(config, console)
         for hook in (MovedRunHook(), ClassCountHook(), NonFiniteLossHook(), progress):
             runner.register_hook(hook)
+        if compile_mode is not None:
+            runner.register_hook(CompileHook(compile_mode))
         try:
             with _interruptible():
                 runner.train()

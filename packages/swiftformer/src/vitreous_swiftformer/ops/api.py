@@ -104,7 +104,7 @@ def conv_encoder(
         taps: `[C, 1, 3, 3]`, a depthwise convolution that keeps the size, without bias.
         weight1, bias1: `[hidden, C, 1, 1]` and `[hidden]`.
         weight2, bias2: `[C, hidden, 1, 1]` and `[C]`.
-        backend: `"torch"`, `"triton"` or `"auto"` (which is `"torch"`).
+        backend: `"torch"`, `"triton"` or `"auto"` (which is `"torch"`: see `backends.resolve_encoder`).
 
     Returns:
         `[B, C, height, width]`, dtype of x. Strides in the order of those of x with `"triton"`.
