@@ -6,7 +6,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -19,10 +19,21 @@ from vitreous_core.testing.budget import assert_within_budget
 from vitreous_core.testing.golden import golden_input
 from vitreous_efficientvit import CascadedGroupAttention, EfficientViTMSRA
 from vitreous_efficientvit.attention import ConvBN, LocalWindowAttention
-from vitreous_efficientvit.fused import FusedAttention, FusedFFN, fuse
-from vitreous_efficientvit.model import FFN, Residual
-from vitreous_efficientvit.ops import cascaded_group_attention, choose_backend, contracts, feed_forward
-from vitreous_efficientvit.ops.triton.configs import attention_tile, feed_forward_tile, split_channels
+from vitreous_efficientvit.fused import FusedAttention, FusedConvolution, FusedFFN, FusedMerging, fuse
+from vitreous_efficientvit.model import FFN, PatchMerging, Residual, fold
+from vitreous_efficientvit.ops import (
+    Operator,
+    cascaded_group_attention,
+    choose_backend,
+    contracts,
+    feed_forward,
+)
+from vitreous_efficientvit.ops.triton.configs import (
+    attention_tile,
+    convolution_tile,
+    feed_forward_tile,
+    split_channels,
+)
 
 Build = Callable[..., nn.Sequential]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -67,7 +78,42 @@ class FeedForward(NamedTuple):
         return feed_forward(x, FusedFFN(local, ffn.to(x)).weights, backend=backend)
 
 
-SMALL = {
+class Convolution(NamedTuple):
+    """Channels in and out; batch, height and width of the map; its dtype; whether a ReLU follows."""
+
+    channels: int
+    outputs: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    relu: bool = True
+
+    def layer(self) -> nn.Sequential:
+        conv = ConvBN(self.channels, self.outputs, 3, stride=2, padding=1)
+        return nn.Sequential(conv, nn.ReLU() if self.relu else nn.Identity())
+
+    def run(self, layer: nn.Sequential, x: Tensor, backend: Any) -> Tensor:
+        return FusedConvolution(layer[0].folded().to(x), self.relu, backend)(x)
+
+
+class Merging(NamedTuple):
+    """Channels in and out of patch merging; batch, height and width of the map; its dtype."""
+
+    channels: int
+    outputs: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def layer(self) -> PatchMerging:
+        return PatchMerging(self.channels, self.outputs)
+
+    def run(self, layer: PatchMerging, x: Tensor, backend: Any) -> Tensor:
+        folded = copy.deepcopy(layer)
+        fold(folded)
+        return FusedMerging(folded.to(x), backend)(x)
+
+
+Case = Attention | FeedForward | Convolution | Merging
+SMALL: dict[str, Case] = {
     "padded-both-ways": Attention(32, 2, 3, (5, 3), 4, (2, 4, 7), HALF),
     "kernels-over-the-window": Attention(48, 3, 2, (7, 5, 1), 16, (1, 3, 3), SINGLE),
     "windows-share-a-tile": Attention(40, 2, 4, (5, 3), 16, (3, 4, 4), HALF),
@@ -78,6 +124,13 @@ SMALL = {
     "ffn-two-blocks": FeedForward(48, (2, 4, 4), SINGLE),
     "ffn-alone": FeedForward(40, (1, 5, 7), HALF, local=False),
     "ffn-one-cell": FeedForward(16, (1, 1, 1), SINGLE),
+    "image": Convolution(3, 8, (2, 16, 36), HALF),
+    "image-of-odd-width": Convolution(3, 16, (1, 6, 9), HALF, relu=False),
+    "image-single": Convolution(3, 8, (1, 8, 6), SINGLE),
+    "stem": Convolution(8, 24, (2, 7, 12), HALF),
+    "stem-without-relu": Convolution(24, 48, (1, 6, 5), SINGLE, relu=False),
+    "merging": Merging(24, 16, (2, 9, 8), HALF),
+    "merging-single": Merging(16, 40, (1, 3, 11), SINGLE),
 }
 # The layers of M0 and M4 that differ most, and what else the architectures need of the kernels.
 LARGE = {
@@ -91,6 +144,13 @@ LARGE = {
     "m4-stage3-ffn": FeedForward(384, (600, 4, 4), HALF),
     "m1-stage2-ffn": FeedForward(144, (3, 7, 9), SINGLE),
     "m5-stage2-ffn-alone": FeedForward(288, (64, 7, 7), HALF, local=False),
+    "m0-image": Convolution(3, 8, (8, 224, 224), HALF),
+    "m4-image": Convolution(3, 16, (3, 384, 224), BRAIN),
+    "m0-stem2": Convolution(8, 16, (8, 112, 112), HALF),
+    "m4-stem4": Convolution(64, 128, (16, 28, 28), BRAIN, relu=False),
+    "m5-stem3-single": Convolution(48, 96, (2, 56, 56), SINGLE),
+    "m0-merging": Merging(64, 128, (64, 14, 14), HALF),
+    "m5-merging2": Merging(288, 384, (64, 7, 7), BRAIN),
 }
 
 
@@ -108,7 +168,7 @@ def randomize(layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def check(case: Attention | FeedForward) -> None:
+def check(case: Case) -> None:
     """The operator against the layer in fp64, whose batch norms are not folded, on the same rounded input."""
     torch.manual_seed(0)
     layer = randomize(case.layer())
@@ -120,7 +180,7 @@ def check(case: Attention | FeedForward) -> None:
     assert_within_budget({"out": actual}, {"out": truth}, {"out": baseline})
     # The memory format of the input changes nothing.
     assert torch.equal(case.run(layer, x.contiguous(memory_format=torch.channels_last), "triton"), actual)
-    assert case.run(layer, x[:0], "triton").shape == x[:0].shape
+    assert case.run(layer, x[:0], "triton").shape == actual[:0].shape
 
 
 @pytest.mark.interpret
@@ -154,6 +214,7 @@ def test_a_fused_model_is_the_model(build: Build, tiny: dict[str, Any]) -> None:
     fused.backbone.switch_to_deploy(backend="triton")
     kinds = [type(module) for module in fused.modules()]
     assert (kinds.count(FusedAttention), kinds.count(FusedFFN)) == (4, 12)
+    assert (kinds.count(FusedConvolution), kinds.count(FusedMerging)) == (4, 2)
     assert Residual not in kinds
     switch_to_deploy(plain)
     maps = fused.backbone(images)
@@ -182,17 +243,28 @@ def test_a_fused_network_on_gpu(build: Build) -> None:
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("name", "operator", "function"),
-    [("windows-share-a-tile", "cascaded_group_attention", "attention"), ("ffn", "feed_forward", "feed_forward")],
+    [
+        ("windows-share-a-tile", "cascaded_group_attention", "attention"),
+        ("ffn", "feed_forward", "feed_forward"),
+        ("image", "halving_convolution", "halving_convolution"),
+        ("merging", "halving_depthwise", "halving_depthwise"),
+    ],
 )
 def test_registered_without_gradients(name: str, operator: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = SMALL[name]
     layer, x = case.layer().eval(), torch.randn(2, case.channels, *case.shape[1:]).half()
     calls: list[Any] = []
+    call_operator = getattr(contracts, function)
+
+    def record(*call: Any) -> Any:
+        calls.append(call)
+        return call_operator(*call)
+
     with monkeypatch.context() as patch:
-        patch.setattr(contracts, function, lambda *call: calls.append(call))
+        patch.setattr(contracts, function, record)
         case.run(layer, x, "triton")
-    ((_, weights),) = calls
-    arguments = (x, *(weight.detach() if isinstance(weight, Tensor) else weight for weight in weights))
+    ((read, weights, *options),) = calls
+    arguments = [value.detach() if isinstance(value, Tensor) else value for value in (read, *weights, *options)]
     registered = getattr(torch.ops.vitreous_efficientvit, operator).default
     torch.library.opcheck(registered, arguments, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match=f"{operator} is for inference"):
@@ -230,15 +302,31 @@ def test_refusals_name_every_reason(build: Build, tiny: dict[str, Any]) -> None:
         build(tiny).backbone.switch_to_deploy(backend="flex")
 
 
-def test_auto_is_torch_until_measured(build: Build, tiny: dict[str, Any]) -> None:
-    for device in ("cpu", "cuda"):
-        assert choose_backend(device, HALF) == "torch"
+def test_auto_is_what_has_been_seen_to_win(build: Build, tiny: dict[str, Any]) -> None:
+    for operator in get_args(Operator):
+        assert choose_backend(operator, "cuda", HALF, 64) == "triton"
+        assert choose_backend(operator, "cuda", SINGLE, 64) == "torch"
+        assert choose_backend(operator, "cpu", HALF, 64) == "torch"
+    assert choose_backend("cascaded_group_attention", "cuda", BRAIN, 384) == "triton"
     model = build(tiny)
     model.backbone.switch_to_deploy()
     assert not [module for module in model.modules() if isinstance(module, FusedAttention | FusedFFN)]
     switch_to_deploy(model, backend="torch")
     with pytest.raises(RuntimeError, match="switched to deploy with backend='torch'; got 'triton'"):
         switch_to_deploy(model, backend="triton")
+
+
+@torch.no_grad()
+def test_each_fused_layer_can_choose(build: Build, tiny: dict[str, Any]) -> None:
+    """On a CPU all choose PyTorch's operations, which are the folded model's."""
+    folded = build(tiny, img_size=64, out_indices=(0, 1, 2))
+    switch_to_deploy(folded)
+    fused = copy.deepcopy(folded)
+    fuse(fused.backbone, backend="auto")
+    assert not [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    images = golden_input(2, 32, 80).double()
+    for got, want in zip(fused.double().backbone(images), folded.double().backbone(images), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("arch", sorted(EfficientViTMSRA.arch_settings))
@@ -265,6 +353,9 @@ def test_tiles_hold_what_they_must() -> None:
                 assert min(ffn.rows, ffn.hidden) >= 16
             first, second = split_channels(channels)
             assert channels <= first + second < 2 * max(channels, 16)
+    for side in (1, 7, 12, 14, 28, 56, 112, 192):
+        conv = convolution_tile(HALF, 8, side, side)
+        assert 16 <= conv.rows * conv.columns <= 128
     # On consumer GPUs.
     assert feed_forward_tile(HALF, 10**6, 384, 84, 99 * 1024).hidden == 16
     assert feed_forward_tile(SINGLE, 10**6, 512, 84, 99 * 1024).stages == 1

@@ -1,6 +1,8 @@
-"""The fused operators as layers that take the place of folded ones: deploy mode with `backend="triton"`."""
+"""The fused operators as layers that take the place of folded ones: deploy mode on GPUs."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,21 @@ from vitreous_core.errors import BackendUnsupported
 from vitreous_core.triton_support import DTYPES
 
 from .attention import CascadedGroupAttention, FoldedCascadedGroupAttention, LocalWindowAttention
-from .model import FFN, Residual
-from .ops import AttentionWeights, FeedForwardWeights, cascaded_group_attention, feed_forward
-from .ops.api import attention_reasons, feed_forward_reasons
-from .ops.weights import bias_of, pack_bias, pack_depthwise, pack_linear
+from .model import FFN, EfficientViTMSRA, PatchMerging, Residual
+from .ops import (
+    AttentionWeights,
+    Backend,
+    ConvolutionWeights,
+    DepthwiseWeights,
+    FeedForwardWeights,
+    cascaded_group_attention,
+    choose_backend,
+    feed_forward,
+    halving_convolution,
+    halving_depthwise,
+)
+from .ops.api import attention_reasons, convolution_reasons, feed_forward_reasons
+from .ops.weights import bias_of, pack_bias, pack_convolution, pack_depthwise, pack_linear
 
 
 class FusedAttention(nn.Module):
@@ -20,10 +33,12 @@ class FusedAttention(nn.Module):
 
     Args:
         attention: the folded module to replace.
+        backend: of the operator, in every layer of this file.
     """
 
-    def __init__(self, attention: FoldedCascadedGroupAttention) -> None:
+    def __init__(self, attention: FoldedCascadedGroupAttention, backend: Backend = "triton") -> None:
         super().__init__()
+        self.backend = backend
         self.kernel_sizes = attention.kernel_sizes
         self.window_size = attention.window_size
         self.qkv_weight = _constant(torch.stack([pack_linear(qkv) for qkv in attention.qkvs]))
@@ -47,7 +62,7 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, height, width]` to a channels-last map of the same shape."""
-        return cascaded_group_attention(x, self.weights, backend="triton")
+        return cascaded_group_attention(x, self.weights, backend=self.backend)
 
 
 class FusedFFN(nn.Module):
@@ -56,10 +71,12 @@ class FusedFFN(nn.Module):
     Args:
         local: the folded convolution before the FFN; None without.
         ffn: the folded FFN to replace.
+        backend: see `FusedAttention`.
     """
 
-    def __init__(self, local: nn.Conv2d | None, ffn: FFN) -> None:
+    def __init__(self, local: nn.Conv2d | None, ffn: FFN, backend: Backend = "triton") -> None:
         super().__init__()
+        self.backend = backend
         self.local_weight = None if local is None else _constant(pack_depthwise(local))
         self.local_bias = None if local is None else _constant(bias_of(local))
         self.in_weight, self.in_bias = _constant(pack_linear(ffn.pw1)), _constant(bias_of(ffn.pw1))
@@ -78,13 +95,72 @@ class FusedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, height, width]` to a channels-last map of the same shape."""
-        return feed_forward(x, self.weights, backend="triton")
+        return feed_forward(x, self.weights, backend=self.backend)
 
 
-def fuse(backbone: nn.Module) -> None:
-    """Put fused layers in the place of a folded backbone's attention and FFNs.
+class FusedConvolution(nn.Module):
+    """A convolution of the stem, 3x3 of stride 2, with bias and ReLU by one kernel.
 
-    A depthwise convolution in front of an FFN goes into the FFN's kernel and leaves an identity behind.
+    Args:
+        conv: the folded convolution to replace.
+        relu: whether a ReLU follows.
+        backend: see `FusedAttention`.
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool, backend: Backend = "triton") -> None:
+        super().__init__()
+        self.relu = relu
+        self.backend = backend
+        self.weight, self.bias = _constant(pack_convolution(conv)), _constant(bias_of(conv))
+
+    def extra_repr(self) -> str:
+        outputs, taps = self.weight.shape
+        return f"channels={taps // 9}, outputs={outputs}, relu={self.relu}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, height, width]` to a channels-last map of half the height and width."""
+        return halving_convolution(x, ConvolutionWeights(self.weight, self.bias), self.relu, backend=self.backend)
+
+
+class FusedMerging(nn.Module):
+    """Patch merging: matrix products over rows of channels-last memory, and one kernel between them.
+
+    The kernel takes both ReLUs, the depthwise convolution and the means that the gate depends on.
+
+    Args:
+        merging: the folded module to replace.
+        backend: see `FusedAttention`.
+    """
+
+    def __init__(self, merging: PatchMerging, backend: Backend = "triton") -> None:
+        super().__init__()
+        self.backend = backend
+        self.expand = _linear(merging.conv1)
+        self.local_weight = _constant(pack_depthwise(merging.conv2))
+        self.local_bias = _constant(bias_of(merging.conv2))
+        self.gate = nn.Sequential(_linear(merging.se.fc1), nn.ReLU(), _linear(merging.se.fc2), nn.Sigmoid())
+        self.reduce = _linear(merging.conv3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, height, width]` to a channels-last map of half the height and width."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        hidden = self.expand(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weights = DepthwiseWeights(self.local_weight, self.local_bias)
+        hidden, mean = halving_depthwise(hidden, weights, backend=self.backend)
+        gated = hidden.permute(0, 2, 3, 1) * self.gate(mean)[:, None, None, :]
+        result: Tensor = self.reduce(gated).permute(0, 3, 1, 2)
+        return result
+
+
+def fuse(backbone: nn.Module, backend: Backend = "triton") -> None:
+    """Put fused layers in the place of a folded backbone's attention, FFNs, mergings and stem.
+
+    A depthwise convolution in front of an FFN goes into the FFN's kernel, a ReLU after a convolution into that one's;
+    both leave an identity behind.
+
+    Args:
+        backbone: folded.
+        backend: of the operators.
 
     Raises:
         BackendUnsupported: when the kernels cannot take a layer; nothing has changed then.
@@ -95,13 +171,26 @@ def fuse(backbone: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, Residual) and isinstance(child.m, LocalWindowAttention):
                 assert isinstance(child.m.attn, FoldedCascadedGroupAttention)
-                setattr(parent, name, FusedAttention(child.m.attn))
+                setattr(parent, name, FusedAttention(child.m.attn, backend))
             elif isinstance(child, Residual) and isinstance(child.m, FFN):
                 local = None if before is None else getattr(parent, before)
-                setattr(parent, name, FusedFFN(local, child.m))
+                setattr(parent, name, FusedFFN(local, child.m, backend))
                 if before is not None:
                     setattr(parent, before, nn.Identity())
+            elif isinstance(child, PatchMerging):
+                setattr(parent, name, FusedMerging(child, backend))
             before = name if _is_depthwise(child) and isinstance(parent, nn.Sequential) else None
+    if isinstance(backbone, EfficientViTMSRA):
+        _fuse_stem(backbone.patch_embed, backend)
+
+
+def _fuse_stem(stem: nn.Sequential, backend: Backend) -> None:
+    layers = [*stem, None]
+    for index, (layer, after) in enumerate(pairwise(layers)):
+        if isinstance(layer, nn.Conv2d):
+            stem[index] = FusedConvolution(layer, isinstance(after, nn.ReLU), backend)
+        else:
+            stem[index] = nn.Identity()
 
 
 def check_fusable(backbone: nn.Module) -> None:
@@ -110,6 +199,18 @@ def check_fusable(backbone: nn.Module) -> None:
     Raises:
         BackendUnsupported: listing every reason by layer.
     """
+    if reasons := _reasons(backbone):
+        raise BackendUnsupported("triton", reasons)
+
+
+def is_worth_fusing(backbone: nn.Module) -> bool:
+    """Whether the kernels can take every layer of a backbone and `ops.choose_backend` has one run where it is."""
+    weight = next(backbone.parameters())
+    wins = choose_backend("cascaded_group_attention", weight.device, weight.dtype, weight.shape[0]) == "triton"
+    return wins and not _reasons(backbone)
+
+
+def _reasons(backbone: nn.Module) -> list[str]:
     reasons = []
     for name, module in backbone.named_modules():
         if isinstance(module, CascadedGroupAttention | FoldedCascadedGroupAttention):
@@ -119,18 +220,27 @@ def check_fusable(backbone: nn.Module) -> None:
                 found.append(f"head_input must be 'cascade'; got {module.head_input!r}")
         elif isinstance(module, FFN):
             found = feed_forward_reasons(next(module.pw1.parameters()).shape[1])
+        elif isinstance(module, nn.Conv2d) and name.startswith("patch_embed."):
+            found = convolution_reasons(module.out_channels, 9 * module.in_channels)
         else:
             continue
         reasons += [f"{name}: {reason}" for reason in found]
     dtype = next(backbone.parameters()).dtype
     if dtype not in DTYPES:
         reasons.append(f"dtype must be float16, bfloat16 or float32; got {dtype}")
-    if reasons:
-        raise BackendUnsupported("triton", reasons)
+    return reasons
 
 
 def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.groups == module.in_channels
+
+
+def _linear(conv: nn.Module) -> nn.Linear:
+    """A 1x1 convolution as a product over rows."""
+    weight, bias = pack_linear(conv), bias_of(conv)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = _constant(weight), _constant(bias)
+    return linear
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -193,10 +193,11 @@ class EfficientViTMSRA(nn.Module):
         its spacing there, an error like that of rounding the sum.
 
         Args:
-            backend: `"triton"` puts fused operators (`ops`) in the place of attention and FFNs, each FFN with the
-                depthwise convolution before it: for NVIDIA GPUs, in fp16, bf16 and fp32. State dicts are those of
-                `"triton"` then, and maps channels-last. `"torch"` keeps PyTorch's layers. `"auto"` is
-                `ops.choose_backend`.
+            backend: `"triton"` puts fused operators (`ops`) in the place of attention, of FFNs, each with the depthwise
+                convolution before it, of the stem and of the patch mergings: for NVIDIA GPUs, in fp16, bf16 and
+                fp32. State dicts are those of `"triton"` then, and maps channels-last. `"torch"` keeps PyTorch's
+                layers. `"auto"` is `"torch"` unless the model is on a GPU and in a dtype where fused operators win
+                (`ops.choose_backend`); there it is the model of `"triton"`, in which each operator chooses for itself.
 
         Raises:
             RuntimeError: in training mode, where batch norms are no fixed maps; at a second call with another backend.
@@ -204,8 +205,8 @@ class EfficientViTMSRA(nn.Module):
             BackendUnsupported: when `backend="triton"` cannot take a layer; nothing has changed then.
         """
         # Here, as the first needs the layers of this file, and both import more than training does.
-        from .fused import check_fusable, fuse
-        from .ops.api import check_backend, choose_backend
+        from .fused import check_fusable, fuse, is_worth_fusing
+        from .ops.api import check_backend
 
         check_backend(backend)
         if self.deploy:
@@ -216,14 +217,13 @@ class EfficientViTMSRA(nn.Module):
                 )
             return
         check_evaluating(self)
-        if backend == "auto":
-            weight = next(self.parameters())
-            backend = choose_backend(weight.device, weight.dtype)
         if backend == "triton":
             check_fusable(self)
+        elif backend == "auto" and not is_worth_fusing(self):
+            backend = "torch"
         fold(self)
-        if backend == "triton":
-            fuse(self)
+        if backend != "torch":
+            fuse(self, backend)
         self.deploy_backend = backend
         self.deploy = True
         seal(self)

@@ -12,13 +12,16 @@ from vitreous_core.errors import BackendUnsupported
 from vitreous_core.triton_support import device_reasons, dtype_reasons
 
 from . import contracts, reference
-from .weights import BIAS_TILE, AttentionWeights, FeedForwardWeights
+from .weights import BIAS_TILE, AttentionWeights, ConvolutionWeights, DepthwiseWeights, FeedForwardWeights
 
 Backend = Literal["auto", "torch", "triton"]
+Operator = Literal["cascaded_group_attention", "feed_forward", "halving_convolution", "halving_depthwise"]
 
 _LARGEST_VALUE_DIM = 128
 _LARGEST_KEY_DIM = 64
 _LARGEST_CHANNELS = 512
+_WIDEST_CONVOLUTION = 256
+_WIDEST_WINNING_FEED_FORWARD = 192
 
 
 def cascaded_group_attention(x: Tensor, weights: AttentionWeights, *, backend: Backend = "auto") -> Tensor:
@@ -48,7 +51,7 @@ def cascaded_group_attention(x: Tensor, weights: AttentionWeights, *, backend: B
     heads, mixed, value_dim = weights.qkv_weight.shape
     _check(x, heads * value_dim, weights, weights.shapes())
     reasons = attention_reasons((mixed - value_dim) // 2, value_dim, weights.window_size)
-    if _resolve(backend, x, reasons) == "torch":
+    if _resolve("cascaded_group_attention", backend, x, reasons) == "torch":
         return reference.attention(x, weights)
     return contracts.attention(x, weights)
 
@@ -69,18 +72,74 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights, *, backend: Backend = "
     Numerics: sums in fp32; `y` and the hidden activations are rounded to the dtype of `x`.
     """
     _check(x, weights.out_bias.shape[0], weights, weights.shapes())
-    if _resolve(backend, x, feed_forward_reasons(x.shape[1])) == "torch":
+    if _resolve("feed_forward", backend, x, feed_forward_reasons(x.shape[1])) == "torch":
         return reference.feed_forward(x, weights)
     return contracts.feed_forward(x, weights)
 
 
-def choose_backend(device: torch.device | str, dtype: torch.dtype) -> Backend:
-    """What `backend="auto"` runs: `"torch"`, on every device and in every dtype.
+def halving_convolution(
+    x: Tensor, weights: ConvolutionWeights, relu: bool = True, *, backend: Backend = "auto"
+) -> Tensor:
+    """The convolution 3x3 of stride 2 and padding 1 with its bias, and ReLU: a layer of the stem.
 
-    The Triton kernels have not been timed yet; a shape joins them when a benchmark row shows that they win there.
+    Args:
+        x: as in `cascaded_group_attention`.
+        weights: see `ConvolutionWeights`; dtype and device of `x`.
+        relu: whether a ReLU follows.
+        backend: as there.
+
+    Returns:
+        `[B, O, height / 2, width / 2]`, rounded up; channels-last from Triton.
+
+    It raises the same.
+
+    Numerics: sums in fp32, rounded once.
     """
-    del device, dtype
-    return "torch"
+    _check(x, weights.weight.shape[1] // 9, weights, weights.shapes())
+    if _resolve("halving_convolution", backend, x, convolution_reasons(*weights.weight.shape)) == "torch":
+        return reference.halving_convolution(x, weights, relu)
+    return contracts.halving_convolution(x, weights, relu)
+
+
+def halving_depthwise(x: Tensor, weights: DepthwiseWeights, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """`relu(dw(relu(x)))`, of stride 2 and with its bias, and its spatial mean: the middle of patch merging.
+
+    Args:
+        x: as in `cascaded_group_attention`.
+        weights: see `DepthwiseWeights`; dtype and device of `x`.
+        backend: as there.
+
+    Returns:
+        `[B, C, height / 2, width / 2]`, rounded up, channels-last from Triton; and `[B, C]`.
+
+    It raises the same.
+
+    Numerics: sums in fp32; the mean is that of the rounded map.
+    """
+    _check(x, weights.bias.shape[0], weights, weights.shapes())
+    if _resolve("halving_depthwise", backend, x, []) == "torch":
+        return reference.halving_depthwise(x, weights)
+    return contracts.halving_depthwise(x, weights)
+
+
+def choose_backend(operator: Operator, device: torch.device | str, dtype: torch.dtype, channels: int) -> Backend:
+    """What `backend="auto"` runs: `"triton"` on GPUs that can, in half precision, where it has been seen to win.
+
+    That is everywhere but for FFNs of many channels, whose two products cuBLAS computes faster than one kernel that
+    keeps the hidden channels on chip: `vitreous bench efficientvit`, rows `E1-layers/*`.
+
+    Args:
+        operator: by the name of its function.
+        device: of the map.
+        dtype: of the map.
+        channels: of the map.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or device_reasons(device):
+        return "torch"
+    if operator == "feed_forward" and channels > _WIDEST_WINNING_FEED_FORWARD:
+        return "torch"
+    return "triton"
 
 
 def attention_reasons(key_dim: int, value_dim: int, window_size: int) -> list[str]:
@@ -101,6 +160,18 @@ def feed_forward_reasons(channels: int) -> list[str]:
     return [f"channels must be at most {_LARGEST_CHANNELS}; got {channels}"]
 
 
+def convolution_reasons(outputs: int, taps: int) -> list[str]:
+    """Why the Triton kernel cannot take a convolution of weights `[outputs, taps]`; empty when it can."""
+    reasons = []
+    for name, size, most in (
+        ("outputs", outputs, 2 * _WIDEST_CONVOLUTION),
+        ("channels", taps // 9, _WIDEST_CONVOLUTION),
+    ):
+        if size > most:
+            reasons.append(f"{name} must be at most {most}; got {size}")
+    return reasons
+
+
 def check_backend(backend: str) -> None:
     """Refuse an unknown backend.
 
@@ -111,10 +182,10 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton'; got {backend!r}")
 
 
-def _resolve(backend: Backend, x: Tensor, reasons: list[str]) -> Backend:
+def _resolve(operator: Operator, backend: Backend, x: Tensor, reasons: list[str]) -> Backend:
     check_backend(backend)
     if backend == "auto":
-        backend = choose_backend(x.device, x.dtype)
+        backend = "torch" if reasons else choose_backend(operator, x.device, x.dtype, x.shape[1])
     if backend == "triton":
         reasons = device_reasons(x.device) + dtype_reasons(x.device, x.dtype) + reasons
         if reasons:
@@ -123,7 +194,10 @@ def _resolve(backend: Backend, x: Tensor, reasons: list[str]) -> Backend:
 
 
 def _check(
-    x: Tensor, channels: int, weights: AttentionWeights | FeedForwardWeights, shapes: Mapping[str, tuple[int, ...]]
+    x: Tensor,
+    channels: int,
+    weights: AttentionWeights | FeedForwardWeights | ConvolutionWeights | DepthwiseWeights,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must be [B, {channels}, height, width]; got {tuple(x.shape)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .weights import AttentionWeights, FeedForwardWeights
+from .weights import AttentionWeights, ConvolutionWeights, DepthwiseWeights, FeedForwardWeights
 
 _library = torch.library.Library("vitreous_efficientvit", "FRAGMENT")
 _library.define(
@@ -19,6 +20,14 @@ _library.define(
 _library.define(
     "feed_forward(Tensor x, Tensor? local_weight, Tensor? local_bias, Tensor in_weight, Tensor in_bias, "
     "Tensor out_weight, Tensor out_bias) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "halving_convolution(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "halving_depthwise(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _operators = torch.ops.vitreous_efficientvit
@@ -36,6 +45,18 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
     return result
 
 
+def halving_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Tensor:
+    """Call the operator."""
+    result: Tensor = _operators.halving_convolution.default(x, *weights, relu)
+    return result
+
+
+def halving_depthwise(x: Tensor, weights: DepthwiseWeights) -> tuple[Tensor, Tensor]:
+    """Call the operator."""
+    result: tuple[Tensor, Tensor] = _operators.halving_depthwise.default(x, *weights)
+    return result
+
+
 @torch.library.impl(_library, "cascaded_group_attention", "CompositeExplicitAutograd")
 def _attention(x: Tensor, *weights: Any) -> Tensor:
     from .triton.attention import launch_attention
@@ -50,6 +71,20 @@ def _feed_forward(x: Tensor, *weights: Any) -> Tensor:
     return launch_feed_forward(x, FeedForwardWeights(*weights))
 
 
+@torch.library.impl(_library, "halving_convolution", "CompositeExplicitAutograd")
+def _halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    from .triton.convolution import launch_convolution
+
+    return launch_convolution(x, ConvolutionWeights(weight, bias), relu)
+
+
+@torch.library.impl(_library, "halving_depthwise", "CompositeExplicitAutograd")
+def _halving_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    from .triton.convolution import launch_depthwise
+
+    return launch_depthwise(x, DepthwiseWeights(weight, bias))
+
+
 @torch.library.register_fake("vitreous_efficientvit::cascaded_group_attention", lib=_library)
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
@@ -60,20 +95,30 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-@torch.library.impl(_library, "cascaded_group_attention", "Autograd")
-def _attention_without_gradient(*arguments: Any) -> Tensor:
-    _refuse_gradients("cascaded_group_attention", arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = _operators.cascaded_group_attention.default(*arguments)
-    return result
+@torch.library.register_fake("vitreous_efficientvit::halving_convolution", lib=_library)
+def _(x: Tensor, _weight: Tensor, bias: Tensor, _relu: bool) -> Tensor:
+    return _halved(x, bias.shape[0])
 
 
-@torch.library.impl(_library, "feed_forward", "Autograd")
-def _feed_forward_without_gradient(*arguments: Any) -> Tensor:
-    _refuse_gradients("feed_forward", arguments)
+@torch.library.register_fake("vitreous_efficientvit::halving_depthwise", lib=_library)
+def _(x: Tensor, _weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _halved(x, bias.shape[0]), x.new_empty(x.shape[:2])
+
+
+def _halved(x: Tensor, channels: int) -> Tensor:
+    """Channels-last, half as high and wide, rounded up."""
+    batch, _, height, width = x.shape
+    return x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, channels).permute(0, 3, 1, 2)
+
+
+def _call_without_gradient(name: str, *arguments: Any) -> Any:
+    _refuse_gradients(name, arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = _operators.feed_forward.default(*arguments)
-    return result
+        return getattr(_operators, name).default(*arguments)
+
+
+for _name in ("cascaded_group_attention", "feed_forward", "halving_convolution", "halving_depthwise"):
+    _library.impl(_name, partial(_call_without_gradient, _name), "Autograd")
 
 
 def _refuse_gradients(name: str, arguments: Sequence[Any]) -> None:

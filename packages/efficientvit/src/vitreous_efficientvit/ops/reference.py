@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import cascade, window_partition, window_reverse
-from .weights import AttentionWeights, FeedForwardWeights
+from .weights import AttentionWeights, ConvolutionWeights, DepthwiseWeights, FeedForwardWeights
 
 
 def attention(x: Tensor, weights: AttentionWeights) -> Tensor:
@@ -40,5 +40,22 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
         channels = x.shape[1]
         taps = weights.local_weight.T.reshape(channels, 1, 3, 3)
         x = F.conv2d(x, taps, weights.local_bias, padding=1, groups=channels)
-    hidden = F.conv2d(x, weights.in_weight[:, :, None, None], weights.in_bias).relu()
-    return x + F.conv2d(hidden, weights.out_weight[:, :, None, None], weights.out_bias)
+    # Products over rows of channels-last memory, whose biases cuBLAS adds.
+    rows = x.permute(0, 2, 3, 1)
+    hidden = F.linear(rows, weights.in_weight, weights.in_bias).relu()
+    return (rows + F.linear(hidden, weights.out_weight, weights.out_bias)).permute(0, 3, 1, 2)
+
+
+def halving_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Tensor:
+    """A 3x3 convolution of stride 2 with its bias, perhaps ReLU; `x` `[B, C, height, width]`."""
+    taps = weights.weight.unflatten(1, (3, 3, x.shape[1])).permute(0, 3, 1, 2)
+    y = F.conv2d(x, taps, weights.bias, stride=2, padding=1)
+    return y.relu() if relu else y
+
+
+def halving_depthwise(x: Tensor, weights: DepthwiseWeights) -> tuple[Tensor, Tensor]:
+    """ReLU, a depthwise 3x3 convolution of stride 2 with its bias, ReLU; and the spatial mean of that."""
+    channels = x.shape[1]
+    taps = weights.weight.T.reshape(channels, 1, 3, 3)
+    y = F.conv2d(x.relu(), taps, weights.bias, stride=2, padding=1, groups=channels).relu()
+    return y, y.mean(dim=(2, 3))

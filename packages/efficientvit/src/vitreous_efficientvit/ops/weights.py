@@ -1,4 +1,4 @@
-"""The weights of both operators in the order in which the kernels read them."""
+"""The weights of the operators in the order in which the kernels read them."""
 
 from __future__ import annotations
 
@@ -88,6 +88,38 @@ class FeedForwardWeights(NamedTuple):
         return shapes
 
 
+class ConvolutionWeights(NamedTuple):
+    """Of a dense 3x3 convolution from C to O channels, batch norm folded.
+
+    Args:
+        weight: `[O, 9 * C]`, the taps row by row, channels innermost.
+        bias: `[O]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What shape each tensor must have, going by the bias."""
+        return {"weight": (self.bias.shape[0], *self.weight.shape[1:]), "bias": (self.bias.shape[0],)}
+
+
+class DepthwiseWeights(NamedTuple):
+    """Of a depthwise 3x3 convolution of C channels, batch norm folded.
+
+    Args:
+        weight: `[9, C]`, the taps row by row.
+        bias: `[C]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What shape each tensor must have, going by the bias."""
+        return {"weight": (9, self.bias.shape[0]), "bias": (self.bias.shape[0],)}
+
+
 def pack_bias(biases: Tensor) -> Tensor:
     """The bias tile `[H, 64, 64]` of `AttentionWeights` from the biases `[H, N, N]` of one window."""
     heads, tokens = biases.shape[:2]
@@ -95,6 +127,12 @@ def pack_bias(biases: Tensor) -> Tensor:
     slot, place = token // tokens, token % tokens
     tile = biases[:, place[:, None], place]
     return tile.masked_fill(slot[:, None] != slot, float("-inf")).reshape(heads, BIAS_TILE, BIAS_TILE)
+
+
+def pack_convolution(conv: nn.Module) -> Tensor:
+    """The taps `[O, k * k * C]` of a dense convolution, channels innermost."""
+    assert isinstance(conv, nn.Conv2d)
+    return conv.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 def pack_depthwise(conv: nn.Module) -> Tensor:

@@ -46,6 +46,22 @@ class FeedForwardTile:
     stages: int
 
 
+@dataclass(frozen=True)
+class ConvolutionTile:
+    """Launch of a convolution kernel of stride 2.
+
+    Args:
+        rows, columns: of output cells in one tile; of the depthwise kernel, cells and channels.
+        taps: neighbours of a row in one product, 1 or 3.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    taps: int
+    warps: int
+
+
 def attention_tile(
     dtype: torch.dtype, tf32: bool, windows: int, window_size: int, value_dim: int, multiprocessors: int
 ) -> AttentionTile:
@@ -77,6 +93,25 @@ def feed_forward_tile(
     while tile.hidden > 16 and _shared_bytes(tile, dtype, channels) > shared_memory:
         tile = replace(tile, hidden=tile.hidden // 2)
     return tile if _shared_bytes(tile, dtype, channels) <= shared_memory else replace(tile, stages=1)
+
+
+def convolution_tile(dtype: torch.dtype, channels: int, out_height: int, out_width: int) -> ConvolutionTile:
+    """Columns that divide the maps of images of 224 pixels, and 128 cells together, fewer on small maps.
+
+    A product's depth is a power of two from 16 up: of three neighbours where that holds few zeros.
+    """
+    columns = 16
+    while columns > 2 and out_width % columns:
+        columns //= 2
+    rows = min(128 // columns, 1 << (out_height - 1).bit_length())
+    taps = 3 if channels <= 8 else 1
+    return ConvolutionTile(max(rows, 16 // columns), columns, taps, 8 if dtype == torch.float32 else 4)
+
+
+def depthwise_tile(channels: int) -> ConvolutionTile:
+    """One vector of 16 bytes a thread in half precision."""
+    columns = min(64, 1 << (channels - 1).bit_length())
+    return ConvolutionTile(16, columns, 1, 4)
 
 
 def _shared_bytes(tile: FeedForwardTile, dtype: torch.dtype, channels: int) -> int:

@@ -1,0 +1,212 @@
+"""Convolutions of stride 2 with bias and ReLU, dense and depthwise; `../README.md` explains the design."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..weights import ConvolutionWeights, DepthwiseWeights
+from .configs import convolution_tile, depthwise_tile, precision
+
+IMAGE_CHANNELS = 3
+_WORDS = 5
+"""Pairs of numbers that hold the nine of a kernel's row and one in front."""
+
+
+@triton.jit
+def _convolution_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, height, width, out_height, out_width, row_tiles, column_tiles,
+    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of `ROWS` x `COLUMNS` output cells; one product for `TAPS` neighbours in a row, 1 or 3.
+
+    Neighbours in a row are one run of channels-last memory.
+    """
+    dtype = x_ptr.dtype.element_ty
+    image, y, x = _cells(row_tiles, column_tiles, ROWS, COLUMNS)
+    offs_o = tl.arange(0, BLOCK_O)
+    offs_k = tl.arange(0, BLOCK_K)
+    is_output = (offs_o < OUTPUTS)[None, :]
+    is_run = offs_k < TAPS * CHANNELS
+    source = x_ptr + image * height * width * CHANNELS
+    total = tl.zeros([ROWS * COLUMNS, BLOCK_O], tl.float32)
+    for row in tl.static_range(3):
+        in_y = 2 * y - 1 + row
+        for first in tl.static_range(0, 3, TAPS):
+            in_x = 2 * x - 1 + first
+            column = in_x[:, None] + (offs_k // CHANNELS)[None, :]
+            is_there = ((in_y >= 0) & (in_y < height))[:, None] & (column >= 0) & (column < width) & is_run[None, :]
+            place = ((in_y * width + in_x) * CHANNELS)[:, None] + offs_k[None, :]
+            cells = tl.load(source + place, mask=is_there, other=0.0)
+            taps = offs_o[None, :] * (9 * CHANNELS) + (row * 3 + first) * CHANNELS + offs_k[:, None]
+            weight = tl.load(weight_ptr + taps, mask=is_run[:, None] & is_output, other=0.0)
+            total = tl.dot(cells, weight, total, input_precision=PRECISION)
+    _store(out_ptr, bias_ptr, total, image, y, x, out_height, out_width, offs_o, OUTPUTS, RELU, dtype)
+
+
+@triton.jit
+def _image_kernel(
+    words_ptr, weight_ptr, bias_ptr, out_ptr, height, width, out_height, out_width, row_tiles, column_tiles,
+    OUTPUTS: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """`_convolution_kernel` of an image of three 16-bit channels and even width, read by pairs of numbers.
+
+    Three neighbours are nine numbers from an odd place on, which no load of more than one number could fetch; with the
+    one in front they are five aligned pairs. Three rows of them fill a product of 32.
+    """
+    dtype = out_ptr.dtype.element_ty
+    image, y, x = _cells(row_tiles, column_tiles, ROWS, COLUMNS)
+    word = tl.arange(0, 16)
+    row, place = word // WORDS, word % WORDS
+    in_y = 2 * y[:, None] - 1 + row[None, :]
+    # The first two pairs are the column left of the others, the only one that can be outside.
+    is_there = (row < 3)[None, :] & (in_y >= 0) & (in_y < height) & (x < out_width)[:, None]
+    is_there = is_there & ((x > 0)[:, None] | (place >= 2)[None, :])
+    offset = in_y * (width * 3 // 2) + (3 * x - 2)[:, None] + place[None, :]
+    words = tl.load(words_ptr + image * height * (width * 3 // 2) + offset, mask=is_there, other=0)
+    low = words.to(tl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    # The number in front is no neighbour, and might not be finite.
+    low = tl.where((place > 0)[None, :], low, 0.0)
+    cells = tl.reshape(tl.join(low, high), [ROWS * COLUMNS, 32])
+
+    offs_k, offs_o = tl.arange(0, 32), tl.arange(0, BLOCK_O)
+    tap = offs_k // 2 % WORDS * 2 + offs_k % 2 - 1
+    is_tap = (tap >= 0) & (offs_k < 6 * WORDS)
+    weight = tl.load(
+        weight_ptr + offs_o[None, :] * 27 + (offs_k // (2 * WORDS) * 9 + tap)[:, None],
+        mask=is_tap[:, None] & (offs_o < OUTPUTS)[None, :], other=0.0,
+    )  # fmt: skip
+    total = tl.dot(cells, weight)
+    _store(out_ptr, bias_ptr, total, image, y, x, out_height, out_width, offs_o, OUTPUTS, RELU, dtype)
+
+
+@triton.jit
+def _cells(row_tiles, column_tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile: the image, 64-bit, and row and column of every output cell."""
+    tile = tl.program_id(0)
+    image = (tile // (row_tiles * column_tiles)).to(tl.int64)
+    cell = tl.arange(0, ROWS * COLUMNS)
+    y = tile // column_tiles % row_tiles * ROWS + cell // COLUMNS
+    x = tile % column_tiles * COLUMNS + cell % COLUMNS
+    return image, y, x
+
+
+@triton.jit
+def _store(
+    out_ptr, bias_ptr, total, image, y, x, out_height, out_width, offs_o, OUTPUTS: tl.constexpr, RELU: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of a tile with their bias."""
+    is_output = offs_o < OUTPUTS
+    total += tl.load(bias_ptr + offs_o, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        total = tl.maximum(total, 0.0)
+    target = out_ptr + image * out_height * out_width * OUTPUTS
+    place = ((y * out_width + x) * OUTPUTS)[:, None] + offs_o[None, :]
+    is_cell = ((y < out_height) & (x < out_width))[:, None]
+    tl.store(target + place, total.to(dtype), mask=is_cell & is_output[None, :])
+
+
+@triton.jit
+def _depthwise_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, height, width, out_width, cells, blocks,
+    CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of channels of an image, so that the mean over its cells is one program's."""
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = (channel < CHANNELS)[None, :]
+    source = x_ptr + image * height * width * CHANNELS
+    bias = tl.load(bias_ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    for first in tl.range(0, cells, BLOCK_M, num_stages=1):
+        cell = first + tl.arange(0, BLOCK_M)
+        y, x = cell // out_width, cell % out_width
+        total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32) + bias
+        for row in tl.static_range(3):
+            for column in tl.static_range(3):
+                in_y, in_x = 2 * y - 1 + row, 2 * x - 1 + column
+                is_there = (cell < cells) & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
+                neighbour = tl.load(
+                    source + ((in_y * width + in_x) * CHANNELS)[:, None] + channel[None, :],
+                    mask=is_there[:, None] & is_channel, other=0.0,
+                )  # fmt: skip
+                tap = tl.load(
+                    weight_ptr + (row * 3 + column) * CHANNELS + channel, mask=channel < CHANNELS, other=0.0
+                )  # fmt: skip
+                total += tl.maximum(neighbour, 0.0).to(tl.float32) * tap.to(tl.float32)[None, :]
+        is_cell = (cell < cells)[:, None]
+        total = tl.maximum(total, 0.0).to(out_ptr.dtype.element_ty)
+        place = image * cells * CHANNELS + (cell * CHANNELS)[:, None] + channel[None, :]
+        tl.store(out_ptr + place, total, mask=is_cell & is_channel)
+        mean += tl.sum(tl.where(is_cell, total.to(tl.float32), 0.0), 0)
+    tl.store(
+        mean_ptr + image * CHANNELS + channel, (mean / cells).to(mean_ptr.dtype.element_ty), mask=channel < CHANNELS
+    )  # fmt: skip
+
+
+def launch_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Tensor:
+    """The operator; the result is channels-last, and so is `x` unless a copy is made."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    outputs = weights.bias.shape[0]
+    out_height, out_width = _halved(height), _halved(width)
+    out = _channels_last(x, outputs, out_height, out_width)
+    if not out.numel():
+        return out
+    by_pairs = channels == IMAGE_CHANNELS and width % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
+    tile = convolution_tile(x.dtype, channels, out_height, out_width)
+    rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
+    sizes = (height, width, out_height, out_width, rows, columns)
+    block_o = max(triton.next_power_of_2(outputs), 16)
+    grid = (batch * rows * columns,)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        if by_pairs:
+            words = x.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)
+            _image_kernel[grid](
+                words, *weights, out, *sizes, OUTPUTS=outputs, RELU=relu, ROWS=tile.rows, COLUMNS=tile.columns,
+                WORDS=_WORDS, BLOCK_O=block_o, num_warps=tile.warps,
+            )  # fmt: skip
+        else:
+            _convolution_kernel[grid](
+                x, *weights, out, *sizes, CHANNELS=channels, OUTPUTS=outputs, RELU=relu, ROWS=tile.rows,
+                COLUMNS=tile.columns, TAPS=tile.taps, BLOCK_K=max(triton.next_power_of_2(tile.taps * channels), 16),
+                BLOCK_O=block_o, PRECISION=precision(x.dtype), num_warps=tile.warps,
+            )  # fmt: skip
+    return out
+
+
+def launch_depthwise(x: Tensor, weights: DepthwiseWeights) -> tuple[Tensor, Tensor]:
+    """The operator; the map is channels-last, and so is `x` unless a copy is made."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    out_height, out_width = _halved(height), _halved(width)
+    out = _channels_last(x, channels, out_height, out_width)
+    mean = x.new_empty(batch, channels)
+    if not out.numel():
+        return out, mean
+    tile = depthwise_tile(channels)
+    blocks = triton.cdiv(channels, tile.columns)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        _depthwise_kernel[(batch * blocks,)](
+            x, *weights, out, mean, height, width, out_width, out_height * out_width, blocks, CHANNELS=channels,
+            BLOCK_M=tile.rows, BLOCK_C=tile.columns, num_warps=tile.warps,
+        )  # fmt: skip
+    return out, mean
+
+
+def _halved(size: int) -> int:
+    return (size + 1) // 2
+
+
+def _channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return x.new_empty(x.shape[0], height, width, channels).permute(0, 3, 1, 2)
