@@ -21,11 +21,11 @@ ROOF = Roof(1e12, {})
 
 
 class Network(nn.Module):
-    """Small, with dropout and a layer norm; returns its scores in a tuple."""
+    """Small, with dropout, a layer norm and a batch norm; returns its scores in a tuple."""
 
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8, momentum=0.5))
         self.norm = nn.LayerNorm(8)
         self.drop = nn.Dropout(0.5)
         self.head = nn.Linear(8, 1000)
@@ -54,9 +54,10 @@ def test_the_same_network_passes_and_another_does_not(autocast: bool) -> None:
         assert found["other", mode]["state"] == "wrong"
     assert set(found["same", TRAIN]["gate"]["errors"]) == {"scores", "scores_trained", "dimages"}
     facts = found["same", INFER]["facts"]
-    parameters = sum(parameter.numel() for parameter in Network().parameters())
-    assert facts["parameters"] == parameters
-    assert facts["standing_mib"] == pytest.approx(parameters * (4 if autocast else 2) / 2**20)
+    network = Network() if autocast else Network().bfloat16()
+    assert facts["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    tensors = (*network.parameters(), *network.buffers())
+    assert facts["standing_mib"] == pytest.approx(sum(tensor.nbytes for tensor in tensors) / 2**20)
 
 
 def test_compiled_and_channels_last() -> None:

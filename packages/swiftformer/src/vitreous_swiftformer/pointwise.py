@@ -21,8 +21,6 @@ class PointwiseConv2d(nn.Conv2d):
         place: `device` and `dtype`.
     """
 
-    bias: nn.Parameter
-
     def __init__(self, in_channels: int, out_channels: int, **place: Any) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, **place)
 

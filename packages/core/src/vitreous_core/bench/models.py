@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -152,9 +152,11 @@ def _prepare(
     module, images = _place(problem, module, draw(problem, device))
     if settings["channels_last"]:
         module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    runner = module
     if settings["compiled"]:
-        module.compile(dynamic=False, mode=settings["compile_mode"])
-    network = GraphedModule(module.eval()) if settings["graphed"] else module
+        # Not `module.compile()`, which takes a `Sequential` layer by layer.
+        runner = cast(nn.Module, torch.compile(module, dynamic=False, mode=settings["compile_mode"]))
+    network = GraphedModule(runner.eval()) if settings["graphed"] else runner
     labels = torch.arange(problem.batch, device=device) % _CLASSES
     # At a rate of zero AdamW does all its work and leaves the weights as the gate wants them.
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
@@ -163,7 +165,7 @@ def _prepare(
         if not module.training:  # walking all modules takes the host a while
             module.train()
         with _precision(problem, device):
-            loss = F.cross_entropy(_scores(module(images)), labels)
+            loss = F.cross_entropy(_scores(network(images)), labels)
         loss.backward()
         optimizer.step()
         # At the end, so that the gradients belong to the memory of this step.
@@ -178,7 +180,9 @@ def _prepare(
 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     state = {"standing_mib": weights / _MIB, "parameters": sum(p.numel() for p in module.parameters())}
-    gate = None if problem.reference is None else partial(_gate, problem, module, images, labels, infer)
+    # Steps of training move the statistics of batch norms, by which the gate's evaluation mode normalises.
+    first = [buffer.clone() for buffer in module.buffers()]
+    gate = None if problem.reference is None else partial(_gate, problem, module, first, images, labels, infer)
     if settings["graphed"]:
         return Prepared({INFER: infer}, gate, {TRAIN: "a CUDA graph of inference"}, facts={**settings, **state})
     return Prepared({TRAIN: train, INFER: infer}, gate, facts={**settings, **state})
@@ -213,18 +217,22 @@ def _scores(output: Any) -> Tensor:
 def _gate(
     problem: ModelProblem,
     module: nn.Module,
+    buffers: Sequence[Tensor],
     images: Tensor,
     labels: Tensor,
     infer: Callable[[], Tensor],
     modes: Collection[str],
 ) -> Gate:
-    """Compare scores, and the gradient of the images, with the reference in float64.
+    """Compare scores, and the gradient of the images, with the reference in float64; `buffers` are those to begin with.
 
     The gradient passes through everything that the backward computes but the weights'. It is taken in evaluation mode,
     as dropped paths cannot be compared, and not through `torch.compile`, which would compile for that mode too; the
     compiled scores are compared as they are.
     """
     truth, limits = truth_of(problem, images.device)
+    with torch.no_grad():
+        for buffer, first in zip(module.buffers(), buffers, strict=True):
+            buffer.copy_(first)
     got = {}
     if INFER in modes:
         got["scores"] = infer()[:_CHECKED]
