@@ -103,6 +103,9 @@ SMALL = {
     "49-low": Problem(49, 32, HALF, images=4, mask_windows=2, bias="low", mask="low"),
     "64-large-scores": Problem(64, 24, HALF, images=2, bias="none", magnitude=8.0, strides="expanded"),
     "81-chunks": Problem(81, 16, SINGLE, 1, 1, 2, mask="single", dropout_p=0.2),
+    "66-rest": Problem(66, 16, HALF, 1, 2, 2, mask="bool", dropout_p=0.2),
+    "131-rest": Problem(131, 16, HALF, 1, 2, strides="packed"),
+    "146-bias-pass": Problem(146, 16, HALF, 1, 2, 2, bias="low", mask="single", dropout_p=0.2),
     "negative-scale": Problem(9, 16, SINGLE, scale=-0.4),
     "zero-scale": Problem(9, 16, SINGLE, scale=0.0),
     "everything-dropped": Problem(9, 16, SINGLE, dropout_p=1.0),
@@ -123,9 +126,12 @@ LARGE = {
     "64-D32": Problem(64, 32, HALF, 4, 800, mask_windows=2, mask="bool"),
     "64-D256": Problem(64, 256, BRAIN, 4, 40),
     "81-D32": Problem(81, 32, HALF, 2, 60, bias="low", dropout_p=0.2),
+    "80-D32": Problem(80, 32, BRAIN, 3, 60, strides="packed"),
     "144-D32": Problem(144, 32, HALF, 3, 100, strides="packed"),
     "144-D32-mask": Problem(144, 32, BRAIN, 3, 8, 9, mask="single", strides="packed"),
     "144-D32-single": Problem(144, 32, SINGLE, 3, 60),
+    "196-D32-mask": Problem(196, 32, HALF, 3, 20, 4, mask="single", dropout_p=0.1),
+    "196-D32-single": Problem(196, 32, SINGLE, 2, 30),
     "196-D64": Problem(196, 64, HALF, 2, 60, mask_windows=2, mask="bool"),
     "256-D32": Problem(256, 32, HALF, 4, 60, magnitude=4.0),
     "256-D48-plain": Problem(256, 48, BRAIN, 2, 30, bias="none"),
@@ -145,7 +151,7 @@ def test_on_gpu(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["49-D32-single", "144-D32-single", "16-D256-single"])
+@pytest.mark.parametrize("name", ["49-D32-single", "144-D32-single", "196-D32-single", "16-D256-single"])
 def test_tf32_follows_the_switch(name):
     problem = LARGE[name]
     tensors = problem.tensors()
@@ -226,7 +232,7 @@ def test_the_interpreter_refuses_what_it_computes_wrongly():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["49-D32", "49-D32-mask", "144-D32", "256-D32"])
+@pytest.mark.parametrize("name", ["49-D32", "49-D32-mask", "144-D32", "196-D32-mask", "256-D32"])
 def test_reruns_agree_bitwise(name):
     # Defect 8: the official bias gradient is summed by atomics, in the dtype of the bias.
     problem = LARGE[name]

@@ -5,8 +5,9 @@ Nothing here depends on the number of windows, so a shape compiles once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -23,6 +24,7 @@ class Tile(NamedTuple):
     Args:
         first, strips: its first row and its number of strips.
         rows: queries (or, for the gradients of keys and values, keys) of a strip, which a program owns.
+        rest: rows left by the strips that further programs of the launch own, in a tile of this size; 0: none.
         columns, tail: width of the chunks that the other side comes in, and of the last one; 0: like the others.
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
@@ -31,11 +33,20 @@ class Tile(NamedTuple):
     first: int
     strips: int
     rows: int
+    rest: int
     columns: int
     tail: int
     warps: int
     stages: int
     programs: int
+
+
+def tile_constants(tile: Tile) -> dict[str, int]:
+    """A launch as the kernels' constants and options."""
+    return {
+        "FIRST": tile.first, "STRIPS": tile.strips, "ROWS": tile.rows, "REST": tile.rest, "COLUMNS": tile.columns,
+        "TAIL": tile.tail, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
 
 
 def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
@@ -60,20 +71,37 @@ def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
     return tokens > LARGEST_TILE or not fits_on_chip(tokens, head_dim, itemsize)
 
 
-def count_parts(device: torch.device, tile: Tile, windows: int, heads: int) -> int:
-    """Among how many parts the windows are divided: so that all programs run at once, or in a few full waves."""
-    return _count_parts(_multiprocessors(device) * tile.programs, heads * tile.strips, windows)
+def count_parts(device: torch.device, tile: Tile, windows: int, heads: int) -> tuple[int, int]:
+    """Among how many parts the windows are divided, for the strips and for the rest.
+
+    So that all programs run at once, or in a few full waves, and those of both kinds equally long.
+    """
+    slots = _multiprocessors(device) * tile.programs
+    return _count_parts(slots, heads, tile.strips, _COST_OF_THE_REST if tile.rest else 0.0, windows)
+
+
+def count_programs(tile: Tile, parts: tuple[int, int], heads: int) -> int:
+    """The grid of a launch with so many parts, for the strips and for the rest."""
+    of_strips, of_rest = parts
+    return (of_strips * tile.strips + of_rest) * heads
 
 
 @lru_cache(maxsize=1024)
-def _count_parts(slots: int, programs_per_part: int, windows: int) -> int:
-    def cost(waves: int) -> float:
-        parts = min(windows, waves * slots // programs_per_part)
-        # Steps of the longest program, and what it takes to begin and end a wave.
-        return waves * (-(-windows // parts) + _COST_OF_A_WAVE) if parts else float("inf")
+def _count_parts(slots: int, heads: int, strips: int, cost_of_rest: float, windows: int) -> tuple[int, int]:
+    def parts(waves: int) -> tuple[int, int]:
+        of_strips = min(windows, int(waves * slots / (heads * (strips + cost_of_rest))))
+        left = (waves * slots - heads * strips * of_strips) // heads
+        return max(1, of_strips), max(1, min(windows, left)) if cost_of_rest else 0
 
-    waves = min(range(1, _LARGEST_WAVES + 1), key=cost)
-    return max(1, min(windows, waves * slots // programs_per_part))
+    def cost(waves: int) -> float:
+        of_strips, of_rest = parts(waves)
+        if waves * slots < heads * (strips * of_strips + of_rest):
+            return float("inf")
+        steps = max(-(-windows // of_strips), cost_of_rest * -(-windows // of_rest) if of_rest else 0)
+        # Steps of the longest program, and what it takes to begin and end a wave.
+        return waves * (steps + _COST_OF_A_WAVE)
+
+    return parts(min(range(1, _LARGEST_WAVES + 1), key=cost))
 
 
 @cache
@@ -89,6 +117,8 @@ _FORWARD_CHUNKS = ((3, 2), (2, 2), (2, 1), (1, 1))
 _ROWS = ((3, 2), (2, 2), (2, 1), (1, 1))
 _ROWS_SINGLE = ((2, 2), (2, 1), (1, 1))
 _KEYS = ((3, 2), (2, 2), (2, 1), (1, 1))
+_BIAS = ((3, 3), (3, 2), (2, 2), (2, 1), (1, 1))
+_BIAS_MASKED = _BIAS[1:]
 # Programs of one or two warps: many of them make up for their being narrow.
 _SMALL = ((4, 8), (3, 8), (2, 8), (3, 4), (2, 6), (2, 4), (2, 3), (2, 2), (1, 2))
 _SMALL_CHUNKS = ((2, 8), (2, 6), (2, 4), (2, 2), (1, 1))
@@ -99,58 +129,128 @@ _SHARED_MEMORY = 227 * 1024
 _LARGEST_WAVES, _COST_OF_A_WAVE = 4, 2
 """The latter in windows: filling the pipeline, reading the bias, writing the partial bias gradient."""
 
+_COST_OF_THE_REST = 0.5
+"""Of one window's, in 16 rows, where those of a strip of 64 cost 1."""
+
 Choices = tuple[tuple[int, int], ...]
+Rest = Literal["strip", "launch", "programs"]
+
+
+class Cut(NamedTuple):
+    """How a pass cuts windows of more than one tile.
+
+    Args:
+        columns: of the chunks that the other side comes in.
+        rest: what the rows become that strips of 64 leave, if they are 32 or fewer. "strip": one more, as if they were
+            64. "launch": programs as narrow as the rest is, in a launch of their own. "programs", for 16 or fewer:
+            programs of the same launch, which find in the second-level cache what the strips have just read.
+    """
+
+    columns: int
+    rest: Rest
+
+
+Cuts = tuple[tuple[int, Cut], ...]
+
+# (largest N, how): the first entry that N does not exceed. Half precision, at most 32 channels.
+_FORWARD_CUTS: Cuts = (
+    (80, Cut(64, "programs")),
+    (128, Cut(64, "strip")),
+    (144, Cut(128, "programs")),
+    (192, Cut(128, "strip")),
+    (208, Cut(64, "programs")),
+    (256, Cut(128, "strip")),
+)
+_ROWS_CUTS: Cuts = (
+    (80, Cut(64, "programs")),
+    (128, Cut(64, "launch")),
+    (144, Cut(32, "programs")),  # with the bias gradient in registers, wider chunks spill
+    (192, Cut(64, "launch")),
+    (208, Cut(64, "programs")),
+    (256, Cut(64, "launch")),
+)
+_KEYS_CUTS: Cuts = (
+    (80, Cut(64, "programs")),
+    (128, Cut(64, "launch")),
+    (144, Cut(64, "programs")),
+    (192, Cut(64, "launch")),
+    (208, Cut(64, "programs")),
+    (256, Cut(64, "launch")),
+)
+# All other dtypes and head dimensions.
+_FORWARD_CUT, _BACKWARD_CUT = Cut(64, "strip"), Cut(64, "launch")
+
+_LARGEST_WITH_BIAS = 144
+"""N up to which the backward pass over queries has registers for the bias gradient; above, it gets its own pass."""
 
 
 def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
-    """The launches of the forward pass; between them, each row is in one strip."""
+    """The launches of the forward pass; between them, each row is in one strip or in the rest."""
     choices = _FORWARD_CHUNKS if tokens > LARGEST_TILE or dtype == torch.float32 else _FORWARD
-    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 1, choices, False)
+    cut = _cut(_FORWARD_CUTS, dtype, tokens, head_dim, _FORWARD_CUT)
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 1, choices, cut)
 
 
 def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over queries."""
     choices = _ROWS_SINGLE if dtype == torch.float32 else _ROWS
-    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, choices, True)
+    cut = _cut(_ROWS_CUTS, dtype, tokens, head_dim, _BACKWARD_CUT)
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, choices, cut)
 
 
 def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over keys, of windows that are more than one tile."""
-    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, _KEYS, True)
+    cut = _cut(_KEYS_CUTS, dtype, tokens, head_dim, _BACKWARD_CUT)
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, _KEYS, cut)
+
+
+def choose_bias_gradient(dtype: torch.dtype, tokens: int, head_dim: int, masked: bool) -> Tile | None:
+    """The launch of the pass over tiles of the bias gradient; none where the pass over queries computes it."""
+    if tokens <= _LARGEST_WITH_BIAS:
+        return None
+    strips, channels = -(-tokens // LARGEST_TILE), padded_head_dim(head_dim)
+    stage = 4 * LARGEST_TILE * channels * dtype.itemsize
+    stages, programs = _fitting(_BIAS_MASKED if masked else _BIAS, lambda stages: stages * stage)
+    return Tile(0, strips, LARGEST_TILE, 0, LARGEST_TILE, 0, 4, stages, programs)
+
+
+def _cut(cuts: Cuts, dtype: torch.dtype, tokens: int, head_dim: int, otherwise: Cut) -> Cut:
+    if dtype == torch.float32 or padded_head_dim(head_dim) > 32:
+        return otherwise
+    return next(cut for largest, cut in cuts if tokens <= largest)
 
 
 @cache
 def _launches(
-    dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices, splits: bool
+    dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices, cut: Cut
 ) -> list[Tile]:
-    # One or two warps have no registers for the gradients of many channels.
-    splits &= padded_head_dim(head_dim) <= LARGEST_TILE
     return [
-        _launch(dtype, precision, tokens, head_dim, row_tensors, choices, *strips) for strips in _strips(tokens, splits)
+        _launch(dtype, precision, tokens, head_dim, row_tensors, choices, cut.columns, *strips)
+        for strips in _strips(tokens, head_dim, cut.rest)
     ]
 
 
-def _strips(tokens: int, splits: bool) -> list[tuple[int, int, int]]:
-    """First row, number and rows of strips: of 64 rows; if `splits`, 32 or fewer that remain get a launch of their own.
-
-    The backward passes gain by it (144 = 64 + 64 + 16, not 3 x 64), the forward pass does not.
-    """
+def _strips(tokens: int, head_dim: int, rest: Rest) -> list[tuple[int, int, int, int]]:
+    """First row, number and rows of strips, and tile of the rest, of each launch."""
     if tokens <= LARGEST_TILE:
-        return [(0, 1, _power_of_two(tokens))]
-    whole, rest = divmod(tokens, LARGEST_TILE)
-    if splits and 0 < rest <= LARGEST_TILE // 2:
-        return [(0, whole, LARGEST_TILE), (whole * LARGEST_TILE, 1, _power_of_two(rest))]
-    return [(0, whole + (rest > 0), LARGEST_TILE)]
+        return [(0, 1, _power_of_two(tokens), 0)]
+    whole, left = divmod(tokens, LARGEST_TILE)
+    # One or two warps have no registers for the gradients of many channels.
+    if rest == "strip" or not 0 < left <= LARGEST_TILE // 2 or padded_head_dim(head_dim) > LARGEST_TILE:
+        return [(0, whole + (left > 0), LARGEST_TILE, 0)]
+    if rest == "programs" and left <= 16:
+        return [(0, whole, LARGEST_TILE, 16)]
+    return [(0, whole, LARGEST_TILE, 0), (whole * LARGEST_TILE, 1, _power_of_two(left), 0)]
 
 
 def _launch(
     dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices,
-    first: int, strips: int, rows: int,
+    columns: int, first: int, strips: int, rows: int, rest: int,
 ) -> Tile:  # fmt: skip
-    """The launch for some strips: chunks of 64 columns, and as many stages as shared memory holds."""
-    columns = min(LARGEST_TILE, _power_of_two(tokens))
-    rest = tokens % columns
-    tail = _power_of_two(rest) % columns if tokens > columns and rest else 0
+    """The launch for some strips: with as many stages as shared memory holds."""
+    columns = min(columns if tokens > LARGEST_TILE else LARGEST_TILE, _power_of_two(tokens))
+    left = tokens % columns
+    tail = _power_of_two(left) % columns if tokens > columns and left else 0
     width = tokens // columns * columns + tail if tail else -(-tokens // columns) * columns
     channels = padded_head_dim(head_dim)
     stage = (rows * row_tensors + width * 2) * channels * dtype.itemsize
@@ -160,14 +260,18 @@ def _launch(
         choices = _SMALL if tokens <= rows else _SMALL_CHUNKS
     # Only products of four warps read a tile from shared memory while the next is written there.
     spare = 0 if rows == LARGEST_TILE else 1
-    stages, programs = next(
-        (size for size in choices if size[1] * ((size[0] - spare) * stage + scratch) <= _SHARED_MEMORY), choices[-1]
-    )
+    stages, programs = _fitting(choices, lambda stages: (stages - spare) * stage + scratch)
     # 16 rows per warp are what the matrix units work on; many channels and scalar products are spread over more.
     warps = rows // 16 * (2 if precision == "ieee" else 1)
     if rows < LARGEST_TILE:
         warps = max(warps, min(4, channels // 64))
-    return Tile(first, strips, rows, columns, tail, warps, stages, programs)
+    return Tile(first, strips, rows, rest, columns, tail, warps, stages, programs)
+
+
+def _fitting(choices: Choices, shared_memory: Callable[[int], int]) -> tuple[int, int]:
+    """The first choice whose programs have room for their stages; the last if none has."""
+    fitting = (choice for choice in choices if choice[1] * shared_memory(choice[0]) <= _SHARED_MEMORY)
+    return next(fitting, choices[-1])
 
 
 def _power_of_two(number: int) -> int:

@@ -26,7 +26,7 @@ from .arguments import (
     split_statistics,
     stride_alignment,
 )
-from .configs import choose_forward, count_parts, keeps_statistics
+from .configs import choose_forward, count_parts, count_programs, keeps_statistics, tile_constants
 from .tile_math import (
     FLOOR,
     LOG2E,
@@ -45,30 +45,25 @@ from .tile_math import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_qw", "stride_qh", "stride_qn", "stride_kw", "stride_kh", "stride_kn",
-        "stride_vw", "stride_vh", "stride_vn", "stride_ow", "stride_oh", "stride_on",
-        "stride_bh", "stride_bq", "stride_bk", "stride_mw", "stride_mq", "stride_mk",
-        "heads", "windows", "mask_windows", "parts",
-    ]
-)  # fmt: skip
-def _window_fwd_kernel(
+@triton.jit
+def _walk_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, seed_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
     stride_vw, stride_vh, stride_vn, stride_vd,
     stride_ow, stride_oh, stride_on, stride_od,
     stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
-    heads, windows, mask_windows, parts, scale_log2, threshold, keep_scale,
+    heads, windows, mask_windows, scale_log2, threshold, keep_scale,
+    strip, head, part, parts,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`o = softmax(scale q k^T + bias + mask) v`, and the statistics of the rows where a program holds not all columns.
+    """`o = softmax(scale q k^T + bias + mask) v` of a strip of queries and a part of the windows.
 
-    Grid: parts x heads x strips of queries, the last fastest."""
+    And the statistics of the rows, where a program holds not all columns.
+    """
     stride_qn = full_stride(stride_qn, ALIGN)
     stride_on = full_stride(stride_on, ALIGN)
     stride_kn = full_stride(stride_kn, ALIGN)
@@ -76,9 +71,6 @@ def _window_fwd_kernel(
     FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
-    pid = tl.program_id(0)
-    strip, head = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64)
-    part = pid // STRIPS // heads
 
     offs_d = tl.arange(0, BLOCK_D)
     rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
@@ -102,12 +94,8 @@ def _window_fwd_kernel(
             v_base = v_ptr + (window * stride_vw + head * stride_vh) * ALIGN
             q = load_rows(q_base, q_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             for c in tl.static_range(CHUNKS):
-                k = load_chunk(
-                    k_base, c, offs_d, stride_kn, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
-                )
-                v = load_chunk(
-                    v_base, c, offs_d, stride_vn, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D
-                )
+                k = load_chunk(k_base, c, offs_d, stride_kn, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D)
+                v = load_chunk(v_base, c, offs_d, stride_vn, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D)
                 scores = channel_product(q, k, PRECISION) * scale_log2 + addends[c]
                 if c == 0:
                     largest = tl.maximum(tl.max(scores, 1), FLOOR)
@@ -142,6 +130,58 @@ def _window_fwd_kernel(
                 tl.store(lse_ptr + of_rows, tl.where(is_blank, float("inf"), lse), mask=is_row)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "stride_qw", "stride_qh", "stride_qn", "stride_kw", "stride_kh", "stride_kn",
+        "stride_vw", "stride_vh", "stride_vn", "stride_ow", "stride_oh", "stride_on",
+        "stride_bh", "stride_bq", "stride_bk", "stride_mw", "stride_mq", "stride_mk",
+        "heads", "windows", "mask_windows", "parts", "rest_parts",
+    ]
+)  # fmt: skip
+def _window_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, seed_ptr,
+    stride_qw, stride_qh, stride_qn, stride_qd,
+    stride_kw, stride_kh, stride_kn, stride_kd,
+    stride_vw, stride_vh, stride_vn, stride_vd,
+    stride_ow, stride_oh, stride_on, stride_od,
+    stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
+    heads, windows, mask_windows, parts, rest_parts, scale_log2, threshold, keep_scale,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
+    TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr, COLUMNS: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A walk each: of the strips of queries, and of the `REST` rows that they leave, if there are any.
+
+    Grid: parts x heads x strips, the last fastest; then rest_parts x heads.
+    """
+    shared = (
+        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, seed_ptr,
+        stride_qw, stride_qh, stride_qn, stride_qd,
+        stride_kw, stride_kh, stride_kn, stride_kd,
+        stride_vw, stride_vh, stride_vn, stride_vd,
+        stride_ow, stride_oh, stride_on, stride_od,
+        stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
+        heads, windows, mask_windows, scale_log2, threshold, keep_scale,
+    )  # fmt: skip
+    pid = tl.program_id(0)
+    of_rest = pid - parts * heads * STRIPS
+    if True if REST == 0 else of_rest < 0:  # without a rest no branch at all, which would cost registers
+        strip, head, part = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64), pid // STRIPS // heads
+        _walk_forward(
+            *shared, strip, head, part, parts,
+            BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
+            FIRST, STRIPS, ROWS, COLUMNS, TAIL, PRECISION,
+        )  # fmt: skip
+    else:
+        head, part = (of_rest % heads).to(tl.int64), of_rest // heads
+        _walk_forward(
+            *shared, 0, head, part, rest_parts,
+            BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
+            STRIPS * ROWS, 1, REST, COLUMNS, TAIL, PRECISION,
+        )  # fmt: skip
+
+
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout_p: float,
@@ -164,14 +204,13 @@ def launch_forward(
     with device_of(query):
         for tile in choose_forward(query.dtype, tokens, head_dim):
             parts = count_parts(query.device, tile, windows, heads)
-            _window_fwd_kernel[(parts * heads * tile.strips,)](
+            _window_fwd_kernel[(count_programs(tile, parts, heads),)](
                 query, key, value, out, *pointers, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
                 *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride()),
-                heads, windows, 1 if mask is None else mask.shape[0], parts,
+                heads, windows, 1 if mask is None else mask.shape[0], *parts,
                 scale * LOG2E.value, threshold, keep_scale,
                 BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
                 TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-                FIRST=tile.first, STRIPS=tile.strips, ROWS=tile.rows, COLUMNS=tile.columns, TAIL=tile.tail,
-                PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+                PRECISION=dot_precision(query.dtype), **tile_constants(tile),
             )  # fmt: skip
     return out, statistics

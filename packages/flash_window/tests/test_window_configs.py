@@ -1,0 +1,61 @@
+"""Launches of the short kernels as data: what they cover and how many programs they make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitreous_flash_window.ops.triton import configs
+
+HALF, SINGLE = torch.float16, torch.float32
+PASSES = (configs.choose_forward, configs.choose_rows, configs.choose_keys)
+SHAPES = [
+    (dtype, tokens, head_dim)
+    for dtype in (HALF, SINGLE)
+    for head_dim in (16, 32, 64, 128, 256)
+    for tokens in range(1, configs.LARGEST_TOKENS + 1)
+    if configs.fits_on_chip(tokens, head_dim, dtype.itemsize)
+]
+
+
+@pytest.mark.parametrize("choose", PASSES)
+def test_launches_own_each_row_once_and_see_every_column(choose):
+    for shape in SHAPES:
+        tokens, end = shape[1], 0
+        for tile in choose(*shape):
+            assert tile.first == end
+            end = tile.first + tile.strips * tile.rows
+            if tile.rest:
+                assert 0 < tokens - end <= tile.rest
+                end = tokens
+            whole = tokens // tile.columns if tile.tail else -(-tokens // tile.columns)
+            assert tile.columns * whole + tile.tail >= tokens > tile.columns * (whole - 1)
+        assert end >= tokens
+
+
+def test_narrow_rests_of_half_precision_share_the_launch():
+    assert [tile.rest for tile in configs.choose_keys(HALF, 144, 32)] == [16]
+    assert [(tile.rows, tile.rest) for tile in configs.choose_keys(HALF, 144, 64)] == [(64, 0), (16, 0)]
+    assert [(tile.rows, tile.rest) for tile in configs.choose_keys(HALF, 81, 32)] == [(64, 0), (32, 0)]
+
+
+def test_tiles_of_the_bias_gradient_cover_the_scores():
+    for dtype, tokens, head_dim in SHAPES:
+        tile = configs.choose_bias_gradient(dtype, tokens, head_dim, False)
+        assert (tile is None) == (tokens <= 144)
+        assert tile is None or tile.rows * (tile.strips - 1) < tokens <= tile.rows * tile.strips
+
+
+@pytest.mark.parametrize("heads", [1, 3, 24, 500])
+@pytest.mark.parametrize("windows", [1, 7, 64, 4096])
+@pytest.mark.parametrize("tokens", [49, 144, 196, 256])
+def test_parts_never_outnumber_windows_nor_leave_a_wave_half_empty(tokens, windows, heads):
+    slots = 132 * 2
+    (tile,) = configs.choose_keys(HALF, tokens, 32)
+    cost = 0.5 if tile.rest else 0.0
+    parts, rest_parts = configs._count_parts(slots, heads, tile.strips, cost, windows)
+    assert 1 <= parts <= windows
+    assert (1 <= rest_parts <= windows) == bool(tile.rest)
+    programs = configs.count_programs(tile, (parts, rest_parts), heads)
+    if windows == 4096 and heads <= 24:  # enough of them to fill the machine
+        assert programs > 0.75 * slots * -(-programs // slots)
