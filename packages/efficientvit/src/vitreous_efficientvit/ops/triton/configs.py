@@ -38,12 +38,14 @@ class FeedForwardTile:
         rows: cells of one tile.
         hidden: hidden channels at a time.
         warps, stages: of a program, and of the loop over hidden channels.
+        local: channels of the depthwise convolution at a time.
     """
 
     rows: int
     hidden: int
     warps: int
     stages: int
+    local: int
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,16 @@ def attention_tile(
 def feed_forward_tile(
     dtype: torch.dtype, cells: int, channels: int, multiprocessors: int, shared_memory: int
 ) -> FeedForwardTile:
-    """Tall tiles, which read the weights least often, as far as the registers of one or two warp groups go.
+    """Tall tiles, which read the weights least often, as far as the registers of a warp group go, or of two.
 
-    Fewer hidden channels at a time, then no overlap of copies and products, where shared memory is small.
+    Two programs fit on a multiprocessor of an H100 up to 256 channels and wait for each other's loads. Fewer hidden
+    channels at a time, then no overlap of copies and products, where shared memory is small.
     """
     if dtype == torch.float32:
-        tile = FeedForwardTile(16 if channels > 256 else 32, 16, 8, 2)
+        tile = FeedForwardTile(16 if channels > 256 else 32, 16, 8, 2, 32)
     else:
         rows = _rows(cells, 64, multiprocessors)
-        tile = FeedForwardTile(rows, 64 if channels <= 256 else 32, 4 if channels <= 128 else 8, 2)
+        tile = FeedForwardTile(rows, 64 if channels <= 128 else 32, 4 if channels <= 256 else 8, 2, 32)
     while tile.hidden > 16 and _shared_bytes(tile, dtype, channels) > shared_memory:
         tile = replace(tile, hidden=tile.hidden // 2)
     return tile if _shared_bytes(tile, dtype, channels) <= shared_memory else replace(tile, stages=1)

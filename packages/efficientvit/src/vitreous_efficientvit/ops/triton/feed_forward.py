@@ -21,22 +21,35 @@ def _feed_forward_kernel(
     x_ptr, local_weight_ptr, local_bias_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, out_ptr,
     cells, height, width,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, HAS_LOCAL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of cells. The channels are two blocks, the second empty if `BLOCK_B` is 0: 384 is 256 + 128."""
     dtype = x_ptr.dtype.element_ty
-    cell = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # 64-bit once for the tile; within it 32 bits do.
+    start = tl.program_id(0) * BLOCK_M
+    x_tile, out_tile = x_ptr + start.to(tl.int64) * CHANNELS, out_ptr + start.to(tl.int64) * CHANNELS
+    row = tl.arange(0, BLOCK_M)
+    rows = cells - start
     offs_a = tl.arange(0, BLOCK_A)
-    tokens_a = _load_tokens(
-        x_ptr, local_weight_ptr, local_bias_ptr, cell, offs_a, cells, height, width, CHANNELS, HAS_LOCAL
-    )  # fmt: skip
-    sum_a = tokens_a.to(tl.float32) + _load_row(out_bias_ptr, offs_a, CHANNELS)
+    offs_b = BLOCK_A + tl.arange(0, max(BLOCK_B, 1))
+    source = x_tile
+    if HAS_LOCAL:
+        # Few channels at a time, as registers do not hold nine neighbours of all. This program's rows of the output
+        # keep them meanwhile.
+        source = out_tile
+        for first in tl.range(0, CHANNELS, BLOCK_L, num_stages=1):
+            offs_l = first + tl.arange(0, BLOCK_L)
+            tokens = _convolve(
+                x_tile, local_weight_ptr, local_bias_ptr, start, row, offs_l, cells, height, width, CHANNELS
+            )  # fmt: skip
+            _store_rows(out_tile, row, offs_l, rows, CHANNELS, tokens.to(dtype))
+        tl.debug_barrier()
+    tokens_a = _load_rows(source, row, offs_a, rows, CHANNELS)
+    sum_a = tl.zeros([BLOCK_M, BLOCK_A], tl.float32)
     if BLOCK_B > 0:
-        offs_b = BLOCK_A + tl.arange(0, BLOCK_B)
-        tokens_b = _load_tokens(
-            x_ptr, local_weight_ptr, local_bias_ptr, cell, offs_b, cells, height, width, CHANNELS, HAS_LOCAL
-        )  # fmt: skip
-        sum_b = tokens_b.to(tl.float32) + _load_row(out_bias_ptr, offs_b, CHANNELS)
+        tokens_b = _load_rows(source, row, offs_b, rows, CHANNELS)
+        sum_b = tl.zeros([BLOCK_M, BLOCK_B], tl.float32)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
         offs_h = first + tl.arange(0, BLOCK_H)
         # Weights [HIDDEN, CHANNELS] and [CHANNELS, HIDDEN], both read transposed.
@@ -58,37 +71,50 @@ def _feed_forward_kernel(
                 hidden, _load_transposed(out_weight_ptr, offs_b, offs_h, CHANNELS, HIDDEN), sum_b,
                 input_precision=PRECISION,
             )  # fmt: skip
-    is_cell = (cell < cells)[:, None]
-    place = out_ptr + cell[:, None] * CHANNELS
-    tl.store(place + offs_a[None, :], sum_a.to(dtype), mask=is_cell & (offs_a < CHANNELS)[None, :])
+    # Read before any of it is overwritten.
+    sum_a += _load_rows(source, row, offs_a, rows, CHANNELS).to(tl.float32) + _load_row(out_bias_ptr, offs_a, CHANNELS)
     if BLOCK_B > 0:
-        tl.store(place + offs_b[None, :], sum_b.to(dtype), mask=is_cell & (offs_b < CHANNELS)[None, :])
+        sum_b += _load_rows(source, row, offs_b, rows, CHANNELS).to(tl.float32)
+        sum_b += _load_row(out_bias_ptr, offs_b, CHANNELS)
+    if HAS_LOCAL:
+        tl.debug_barrier()
+    _store_rows(out_tile, row, offs_a, rows, CHANNELS, sum_a.to(dtype))
+    if BLOCK_B > 0:
+        _store_rows(out_tile, row, offs_b, rows, CHANNELS, sum_b.to(dtype))
 
 
 @triton.jit
-def _load_tokens(
-    x_ptr, weight_ptr, bias_ptr, cell, channel, cells, height, width, CHANNELS: tl.constexpr, HAS_LOCAL: tl.constexpr
+def _convolve(
+    x_tile, weight_ptr, bias_ptr, start, row, channel, cells, height, width, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """Channels of cells, after the depthwise 3x3 convolution if there is one; rounded, as a separate layer would."""
+    """The depthwise 3x3 convolution of channels of the tile's cells, in fp32."""
     is_channel = (channel < CHANNELS)[None, :]
-    place = cell[:, None] * CHANNELS + channel[None, :]
-    if HAS_LOCAL:
-        y, x = cell // width % height, cell % width
-        tokens = tl.zeros(place.shape, tl.float32) + _load_row(bias_ptr, channel, CHANNELS)
-        for row in range(3):
-            # The loads of a row wait together.
-            for column in tl.static_range(3):
-                dy, dx = row - 1, column - 1
-                is_there = (cell < cells) & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-                neighbour = tl.load(
-                    x_ptr + place + (dy * width + dx) * CHANNELS, mask=is_there[:, None] & is_channel, other=0.0
-                )  # fmt: skip
-                tap = _load_row(weight_ptr + (row * 3 + column) * CHANNELS, channel, CHANNELS)
-                tokens += neighbour.to(tl.float32) * tap
-        tokens = tokens.to(x_ptr.dtype.element_ty)
-    else:
-        tokens = tl.load(x_ptr + place, mask=(cell < cells)[:, None] & is_channel, other=0.0)
-    return tokens
+    cell = start + row
+    y, x = cell // width % height, cell % width
+    total = tl.zeros([row.shape[0], channel.shape[0]], tl.float32) + _load_row(bias_ptr, channel, CHANNELS)
+    for tap in tl.static_range(9):
+        dy, dx = tap // 3 - 1, tap % 3 - 1
+        is_there = (cell < cells) & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
+        neighbour = tl.load(
+            x_tile + ((row + dy * width + dx) * CHANNELS)[:, None] + channel[None, :],
+            mask=is_there[:, None] & is_channel, other=0.0,
+        )  # fmt: skip
+        total += neighbour.to(tl.float32) * _load_row(weight_ptr + tap * CHANNELS, channel, CHANNELS)
+    return total
+
+
+@triton.jit
+def _load_rows(tile, row, channel, rows, CHANNELS: tl.constexpr):
+    """Channels of the tile's cells, zero outside."""
+    mask = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
+    return tl.load(tile + (row * CHANNELS)[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(tile, row, channel, rows, CHANNELS: tl.constexpr, values):
+    """Write channels of the tile's cells."""
+    mask = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(tile + (row * CHANNELS)[:, None] + channel[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -100,8 +126,13 @@ def _load_row(pointer, offs, SIZE: tl.constexpr):
 @triton.jit
 def _load_transposed(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """`[BLOCK_COLUMNS, BLOCK_ROWS]` of a matrix `[ROWS, COLUMNS]`, zero outside."""
-    mask = (rows < ROWS)[None, :] & (columns < COLUMNS)[:, None]
-    return tl.load(pointer + rows[None, :] * COLUMNS + columns[:, None], mask=mask, other=0.0)
+    place = pointer + rows[None, :] * COLUMNS + columns[:, None]
+    # The interpreter passes sizes as plain numbers.
+    if tl.constexpr(ROWS) % rows.shape[0] == 0 and tl.constexpr(COLUMNS) % columns.shape[0] == 0:
+        # Blocks of one size from zero on, or the two of the channels, of which the first is a multiple of the second.
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(rows < ROWS)[None, :] & (columns < COLUMNS)[:, None], other=0.0)
 
 
 def launch_feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
@@ -118,7 +149,7 @@ def launch_feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
         _feed_forward_kernel[(triton.cdiv(cells, tile.rows),)](
             x, *weights, out, cells, height, width,
             CHANNELS=channels, HIDDEN=weights.in_bias.shape[0], HAS_LOCAL=weights.local_weight is not None,
-            BLOCK_M=tile.rows, BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_H=tile.hidden, PRECISION=precision(x.dtype),
-            STAGES=tile.stages, num_warps=tile.warps,
+            BLOCK_M=tile.rows, BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_H=tile.hidden,
+            BLOCK_L=min(block_a, tile.local), PRECISION=precision(x.dtype), STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return out
