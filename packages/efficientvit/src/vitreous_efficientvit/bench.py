@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import nn
 
 from vitreous_core.bench.case import Case, Goal, Unavailable
@@ -42,13 +43,15 @@ def cases() -> Sequence[Case]:
 
 
 def inference_cases() -> Iterator[Case]:
-    """E1: half precision, channels-last, from one image to many."""
+    """E1: half precision, channels-last, from one image to many.
+
+    `deploy-triton` is deploy mode as it comes for a half-precision network on a GPU; `deploy` keeps to plain PyTorch.
+    """
     for arch in NETWORKS:
         ours, theirs = partial(classifier, arch), partial(timm_classifier, arch)
-        torch_deploy, triton_deploy = partial(deployed, backend="torch"), partial(deployed, backend="triton")
         networks: dict[str, tuple[Build, Adopt]] = {
-            "deploy-triton": (ours, triton_deploy),
-            "deploy": (ours, torch_deploy),
+            "deploy-triton": (partial(classifier, arch, torch.float16), partial(deployed, backend="auto")),
+            "deploy": (ours, partial(deployed, backend="torch")),
             "eager": (ours, load_weights),
             "timm": (theirs, adopt_in_timm),
         }
@@ -122,13 +125,13 @@ def runtime_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def classifier(arch: str) -> nn.Module:
+def classifier(arch: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Our network with one head, with weights away from zeros and ones, in evaluation mode."""
     backbone = EfficientViTMSRA(arch)
     head = EfficientViTMSRAHead(1000, backbone.channels[-1])
     model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
     model.load_state_dict(from_official(golden_state(to_official(model.state_dict()))))
-    return model.eval()
+    return model.to(dtype).eval()
 
 
 def timm_classifier(arch: str) -> nn.Module:
