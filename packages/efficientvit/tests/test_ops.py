@@ -128,6 +128,7 @@ SMALL: dict[str, Case] = {
     "image-of-odd-width": Convolution(3, 16, (1, 6, 9), HALF, relu=False),
     "image-single": Convolution(3, 8, (1, 8, 6), SINGLE),
     "stem": Convolution(8, 24, (2, 7, 12), HALF),
+    "stem-of-two-blocks": Convolution(72, 80, (1, 3, 4), HALF),
     "stem-without-relu": Convolution(24, 48, (1, 6, 5), SINGLE, relu=False),
     "merging": Merging(24, 16, (2, 9, 8), HALF),
     "merging-single": Merging(16, 40, (1, 3, 11), SINGLE),

@@ -25,13 +25,13 @@ def _convolution_kernel(
     CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of `ROWS` x `COLUMNS` output cells; one product for `TAPS` neighbours in a row, 1 or 3.
+    """Grid: tiles of `ROWS` x `COLUMNS` output cells, blocks of outputs; a product has `TAPS` neighbours, 1 or 3.
 
     Neighbours in a row are one run of channels-last memory.
     """
     dtype = x_ptr.dtype.element_ty
     image, y, x = _cells(row_tiles, column_tiles, ROWS, COLUMNS)
-    offs_o = tl.arange(0, BLOCK_O)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     offs_k = tl.arange(0, BLOCK_K)
     is_output = (offs_o < OUTPUTS)[None, :]
     is_run = offs_k < TAPS * CHANNELS
@@ -78,7 +78,7 @@ def _image_kernel(
     low = tl.where((place > 0)[None, :], low, 0.0)
     cells = tl.reshape(tl.join(low, high), [ROWS * COLUMNS, 32])
 
-    offs_k, offs_o = tl.arange(0, 32), tl.arange(0, BLOCK_O)
+    offs_k, offs_o = tl.arange(0, 32), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     tap = offs_k // 2 % WORDS * 2 + offs_k % 2 - 1
     is_tap = (tap >= 0) & (offs_k < 6 * WORDS)
     weight = tl.load(
@@ -167,8 +167,9 @@ def launch_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Te
     tile = convolution_tile(x.dtype, channels, out_height, out_width)
     rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
     sizes = (height, width, out_height, out_width, rows, columns)
-    block_o = max(triton.next_power_of_2(outputs), 16)
-    grid = (batch * rows * columns,)
+    # What a product's weights take of the registers.
+    block_o = min(max(triton.next_power_of_2(outputs), 16), 128 if channels <= 64 else 64)
+    grid = (batch * rows * columns, triton.cdiv(outputs, block_o))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if by_pairs:
             words = x.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)
