@@ -204,9 +204,12 @@ def check_fusable(backbone: nn.Module) -> None:
 
 
 def is_worth_fusing(backbone: nn.Module) -> bool:
-    """Whether the kernels can take every layer of a backbone and `ops.choose_backend` has one run where it is."""
+    """Whether the kernels can take every layer of a backbone and win on its device in half precision.
+
+    Half precision, as a model is better lowered to it after the switch; in other dtypes the operators choose PyTorch's.
+    """
     weight = next(backbone.parameters())
-    wins = choose_backend("cascaded_group_attention", weight.device, weight.dtype, weight.shape[0]) == "triton"
+    wins = choose_backend("cascaded_group_attention", weight.device, torch.float16, weight.shape[0]) == "triton"
     return wins and not _reasons(backbone)
 
 

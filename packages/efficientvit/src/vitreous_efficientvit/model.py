@@ -196,7 +196,7 @@ class EfficientViTMSRA(nn.Module):
             backend: `"triton"` puts fused operators (`ops`) in the place of attention, of FFNs, each with the depthwise
                 convolution before it, of the stem and of the patch mergings: for NVIDIA GPUs, in fp16, bf16 and
                 fp32. State dicts are those of `"triton"` then, and maps channels-last. `"torch"` keeps PyTorch's
-                layers. `"auto"` is `"torch"` unless the model is on a GPU and in a dtype where fused operators win
+                layers. `"auto"` is `"torch"` unless the model is on a GPU where fused operators win in half precision
                 (`ops.choose_backend`); there it is the model of `"triton"`, in which each operator chooses for itself.
 
         Raises:

@@ -101,12 +101,14 @@ def feed_forward_tile(
 def convolution_tile(dtype: torch.dtype, channels: int, out_height: int, out_width: int) -> ConvolutionTile:
     """Columns that divide the maps of images of 224 pixels, and 128 cells together, half as many of wide or small maps.
 
-    A product's depth is a power of two from 16 up: of three neighbours where that holds few zeros.
+    A product's depth is a power of two from 16 up: of three neighbours where that holds few zeros. In fp32, whose
+    products may run on scalar units, fewer cells.
     """
     columns = 16
     while columns > 2 and out_width % columns:
         columns //= 2
-    rows = min((128 if channels <= 32 else 64) // columns, 1 << (out_height - 1).bit_length())
+    cells = 32 if dtype == torch.float32 else 128 if channels <= 32 else 64
+    rows = min(cells // columns, 1 << (out_height - 1).bit_length())
     taps = 3 if channels <= 8 else 1
     return ConvolutionTile(max(rows, 16 // columns), columns, taps, 8 if dtype == torch.float32 else 4)
 

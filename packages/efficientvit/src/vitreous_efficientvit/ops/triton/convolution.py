@@ -168,7 +168,8 @@ def launch_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Te
     rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
     sizes = (height, width, out_height, out_width, rows, columns)
     # What a product's weights take of the registers.
-    block_o = min(max(triton.next_power_of_2(outputs), 16), 128 if channels <= 64 else 64)
+    most = 32 if x.dtype == torch.float32 else 128 if channels <= 64 else 64
+    block_o = min(max(triton.next_power_of_2(outputs), 16), most)
     grid = (batch * rows * columns, triton.cdiv(outputs, block_o))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if by_pairs:
