@@ -34,9 +34,9 @@ def test_launches_own_each_row_once_and_see_every_column(choose):
 
 
 def test_narrow_rests_of_half_precision_share_the_launch():
-    assert [tile.rest for tile in configs.choose_keys(HALF, 144, 32)] == [16]
-    assert [(tile.rows, tile.rest) for tile in configs.choose_keys(HALF, 144, 64)] == [(64, 0), (16, 0)]
-    assert [(tile.rows, tile.rest) for tile in configs.choose_keys(HALF, 81, 32)] == [(64, 0), (32, 0)]
+    assert [tile.rest for tile in configs.choose_rows(HALF, 144, 32)] == [16]
+    assert [(tile.rows, tile.rest) for tile in configs.choose_rows(HALF, 144, 64)] == [(64, 0), (16, 0)]
+    assert [(tile.rows, tile.rest) for tile in configs.choose_rows(HALF, 81, 32)] == [(64, 0), (32, 0)]
 
 
 def test_tiles_of_the_bias_gradient_cover_the_scores():
@@ -51,7 +51,7 @@ def test_tiles_of_the_bias_gradient_cover_the_scores():
 @pytest.mark.parametrize("tokens", [49, 144, 196, 256])
 def test_parts_never_outnumber_windows_nor_leave_a_wave_half_empty(tokens, windows, heads):
     slots = 132 * 2
-    (tile,) = configs.choose_keys(HALF, tokens, 32)
+    tile = configs.choose_rows(HALF, tokens, 32)[0]
     cost = 0.5 if tile.rest else 0.0
     parts, rest_parts = configs._count_parts(slots, heads, tile.strips, cost, windows)
     assert 1 <= parts <= windows

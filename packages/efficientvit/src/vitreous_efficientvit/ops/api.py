@@ -21,7 +21,7 @@ _LARGEST_VALUE_DIM = 128
 _LARGEST_KEY_DIM = 64
 _LARGEST_CHANNELS = 512
 _WIDEST_CONVOLUTION = 256
-_WIDEST_WINNING_FEED_FORWARD = 192
+_WIDEST_WINNING_FEED_FORWARD = 384
 
 
 def cascaded_group_attention(x: Tensor, weights: AttentionWeights, *, backend: Backend = "auto") -> Tensor:

@@ -77,7 +77,8 @@ def attention_tile(
     if dtype == torch.float32:
         return AttentionTile(rows, rows // tokens, 32, 32, 1, 4 if tf32 and rows == BIAS_TILE else 8, 2)
     warps = 8 if rows < BIAS_TILE and value_dim > 64 else 4
-    return AttentionTile(rows, rows // tokens, 64, 64, 4 if value_dim <= 16 else 3 if value_dim <= 32 else 2, warps, 2)
+    columns = 128 if tokens > 32 and value_dim > 16 else 64
+    return AttentionTile(rows, rows // tokens, columns, 64, 4, warps, 2)
 
 
 def feed_forward_tile(
@@ -92,7 +93,10 @@ def feed_forward_tile(
         tile = FeedForwardTile(16 if channels > 256 else 32, 16, 8, 2, 32)
     else:
         rows = _rows(cells, 64, multiprocessors)
-        tile = FeedForwardTile(rows, 64 if channels <= 128 else 32, 4 if channels <= 256 else 8, 2, 32)
+        is_low = rows < 64  # room for twice the weights, work for one warp group
+        tile = FeedForwardTile(
+            rows, 64 if channels <= 128 or is_low else 32, 4 if channels <= 256 or is_low else 8, 2, 32
+        )
     while tile.hidden > 16 and _shared_bytes(tile, dtype, channels) > shared_memory:
         tile = replace(tile, hidden=tile.hidden // 2)
     return tile if _shared_bytes(tile, dtype, channels) <= shared_memory else replace(tile, stages=1)

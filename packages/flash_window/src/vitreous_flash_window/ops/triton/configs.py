@@ -154,27 +154,14 @@ Cuts = tuple[tuple[int, Cut], ...]
 
 # (largest N, how): the first entry that N does not exceed. Half precision, at most 32 channels.
 _FORWARD_CUTS: Cuts = (
-    (80, Cut(64, "programs")),
-    (128, Cut(64, "strip")),
-    (144, Cut(128, "programs")),
+    (144, Cut(64, "strip")),
     (192, Cut(128, "strip")),
-    (208, Cut(64, "programs")),
+    (208, Cut(64, "strip")),
     (256, Cut(128, "strip")),
 )
 _ROWS_CUTS: Cuts = (
-    (80, Cut(64, "programs")),
     (128, Cut(64, "launch")),
     (144, Cut(32, "programs")),  # with the bias gradient in registers, wider chunks spill
-    (192, Cut(64, "launch")),
-    (208, Cut(64, "programs")),
-    (256, Cut(64, "launch")),
-)
-_KEYS_CUTS: Cuts = (
-    (80, Cut(64, "programs")),
-    (128, Cut(64, "launch")),
-    (144, Cut(64, "programs")),
-    (192, Cut(64, "launch")),
-    (208, Cut(64, "programs")),
     (256, Cut(64, "launch")),
 )
 # All other dtypes and head dimensions.
@@ -200,8 +187,7 @@ def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
 
 def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over keys, of windows that are more than one tile."""
-    cut = _cut(_KEYS_CUTS, dtype, tokens, head_dim, _BACKWARD_CUT)
-    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, _KEYS, cut)
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, _KEYS, _BACKWARD_CUT)
 
 
 def choose_bias_gradient(dtype: torch.dtype, tokens: int, head_dim: int, masked: bool) -> Tile | None:
