@@ -395,7 +395,7 @@ class CurveStage(nn.Module):
         rates = [rate for rate in self.drop_path_rates for _ in range(2)]
         if not self.training or max(rates) == 0:
             return [None] * len(rates)
-        kept = _kept(tuple(rates), str(device))
+        (kept,) = _kept(tuple(rates), str(device))
         factors = kept.expand(-1, batch).bernoulli().div_(kept).unbind(0)
         return [factor if rate > 0 else None for factor, rate in zip(factors, rates, strict=True)]
 
@@ -552,14 +552,18 @@ class _ScaledSum(torch.autograd.Function):
 
 
 @torch.compiler.assume_constant_result
-def _kept(rates: tuple[float, ...], device: str) -> Tensor:
-    """One minus the rates, fp32 `[len(rates), 1]`. Not a buffer: DDP would send it round at every step."""
+def _kept(rates: tuple[float, ...], device: str) -> tuple[Tensor]:
+    """One minus the rates, fp32 `[len(rates), 1]`. Not a buffer: DDP would send it round at every step.
+
+    In a tuple: Dynamo of PyTorch 2.11 takes a bare tensor from one call of a graph alone.
+    """
     return _cached_kept(rates, device)
 
 
 @lru_cache
-def _cached_kept(rates: tuple[float, ...], device: str) -> Tensor:
-    return constants(lambda: (1 - np.array(rates, dtype=np.float32)[:, None],), device)[0]
+def _cached_kept(rates: tuple[float, ...], device: str) -> tuple[Tensor]:
+    (kept,) = constants(lambda: (1 - np.array(rates, dtype=np.float32)[:, None],), device)
+    return (kept,)
 
 
 def _channels_last(images: Tensor) -> Tensor:
