@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -24,28 +24,28 @@ class Tile(NamedTuple):
     Args:
         first, strips: its first row and its number of strips.
         rows: queries (or, for the gradients of keys and values, keys) of a strip, which a program owns.
-        rest: rows left by the strips that further programs of the launch own, in a tile of this size; 0: none.
         columns, tail: width of the chunks that the other side comes in, and of the last one; 0: like the others.
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
+        rest: tile of the rows that the strips leave and further programs of the launch own; 0: none. Over queries only.
     """
 
     first: int
     strips: int
     rows: int
-    rest: int
     columns: int
     tail: int
     warps: int
     stages: int
     programs: int
+    rest: int = 0
 
 
 def tile_constants(tile: Tile) -> dict[str, int]:
-    """A launch as the kernels' constants and options."""
+    """What every kernel takes of a launch, as its constants and options."""
     return {
-        "FIRST": tile.first, "STRIPS": tile.strips, "ROWS": tile.rows, "REST": tile.rest, "COLUMNS": tile.columns,
-        "TAIL": tile.tail, "num_warps": tile.warps, "num_stages": tile.stages,
+        "STRIPS": tile.strips, "ROWS": tile.rows, "COLUMNS": tile.columns, "TAIL": tile.tail,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 
@@ -71,19 +71,15 @@ def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
     return tokens > LARGEST_TILE or not fits_on_chip(tokens, head_dim, itemsize)
 
 
-def count_parts(device: torch.device, tile: Tile, windows: int, heads: int) -> tuple[int, int]:
-    """Among how many parts the windows are divided, for the strips and for the rest.
+def count_parts(device: torch.device, tile: Tile, windows: int, heads: int) -> int:
+    """Among how many parts the windows are divided: so that all programs run at once, or in a few full waves."""
+    return count_parts_and_rest(device, tile, windows, heads)[0]
 
-    So that all programs run at once, or in a few full waves, and those of both kinds equally long.
-    """
+
+def count_parts_and_rest(device: torch.device, tile: Tile, windows: int, heads: int) -> tuple[int, int]:
+    """The same for the strips and for the rest, 0 if there is none: so that programs of both take equally long."""
     slots = _multiprocessors(device) * tile.programs
     return _count_parts(slots, heads, tile.strips, _COST_OF_THE_REST if tile.rest else 0.0, windows)
-
-
-def count_programs(tile: Tile, parts: tuple[int, int], heads: int) -> int:
-    """The grid of a launch with so many parts, for the strips and for the rest."""
-    of_strips, of_rest = parts
-    return (of_strips * tile.strips + of_rest) * heads
 
 
 @lru_cache(maxsize=1024)
@@ -133,61 +129,38 @@ _COST_OF_THE_REST = 0.5
 """Of one window's, in 16 rows, where those of a strip of 64 cost 1."""
 
 Choices = tuple[tuple[int, int], ...]
-Rest = Literal["strip", "launch", "programs"]
 
-
-class Cut(NamedTuple):
-    """How a pass cuts windows of more than one tile.
-
-    Args:
-        columns: of the chunks that the other side comes in.
-        rest: what the rows become that strips of 64 leave, if they are 32 or fewer. "strip": one more, as if they were
-            64. "launch": programs as narrow as the rest is, in a launch of their own. "programs", for 16 or fewer:
-            programs of the same launch, which find in the second-level cache what the strips have just read.
-    """
-
-    columns: int
-    rest: Rest
-
-
-Cuts = tuple[tuple[int, Cut], ...]
-
-# (largest N, how): the first entry that N does not exceed. Half precision, at most 32 channels.
-_FORWARD_CUTS: Cuts = (
-    (144, Cut(64, "strip")),
-    (192, Cut(128, "strip")),
-    (208, Cut(64, "strip")),
-    (256, Cut(128, "strip")),
-)
-_ROWS_CUTS: Cuts = (
-    (128, Cut(64, "launch")),
-    (144, Cut(32, "programs")),  # with the bias gradient in registers, wider chunks spill
-    (256, Cut(64, "launch")),
-)
-# All other dtypes and head dimensions.
-_FORWARD_CUT, _BACKWARD_CUT = Cut(64, "strip"), Cut(64, "launch")
+_FORWARD_COLUMNS = ((144, 64), (192, 128), (208, 64), (256, 128))
+"""(largest N, width of the chunks of keys), for half precision and at most 32 channels; else 64."""
 
 _LARGEST_WITH_BIAS = 144
 """N up to which the backward pass over queries has registers for the bias gradient; above, it gets its own pass."""
 
 
-def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
-    """The launches of the forward pass; between them, each row is in one strip or in the rest."""
+def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
+    """The launch of the forward pass; few rows in the last strip cost less than a launch of their own would."""
     choices = _FORWARD_CHUNKS if tokens > LARGEST_TILE or dtype == torch.float32 else _FORWARD
-    cut = _cut(_FORWARD_CUTS, dtype, tokens, head_dim, _FORWARD_CUT)
-    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 1, choices, cut)
+    columns = LARGEST_TILE
+    if _is_slim(dtype, head_dim):
+        columns = next(columns for largest, columns in _FORWARD_COLUMNS if tokens <= largest)
+    strips, rows = -(-tokens // LARGEST_TILE), min(LARGEST_TILE, _power_of_two(tokens))
+    return _launch(dtype, dot_precision(dtype), tokens, head_dim, 1, choices, columns, 0, strips, rows)
 
 
 def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
-    """The launches of the backward pass over queries."""
+    """The launches of the backward pass over queries; between them, each row is in one strip or in the rest."""
     choices = _ROWS_SINGLE if dtype == torch.float32 else _ROWS
-    cut = _cut(_ROWS_CUTS, dtype, tokens, head_dim, _BACKWARD_CUT)
-    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, choices, cut)
+    if _is_slim(dtype, head_dim) and 2 * LARGEST_TILE < tokens <= _LARGEST_WITH_BIAS:
+        # Beside bias and bias gradient of a strip, wider chunks spill more. The 16 rows or fewer that are left find in
+        # the second-level cache what the strips have just read; in a launch of their own they would read it all again.
+        strips = _launch(dtype, dot_precision(dtype), tokens, head_dim, 2, choices, 32, 0, 2, LARGEST_TILE)
+        return [strips._replace(rest=16)]
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, choices)
 
 
 def choose_keys(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over keys, of windows that are more than one tile."""
-    return _launches(dtype, dot_precision(dtype), tokens, head_dim, 2, _KEYS, _BACKWARD_CUT)
+    return _launches(dtype, dot_precision(dtype), tokens, head_dim, _KEYS)
 
 
 def choose_bias_gradient(dtype: torch.dtype, tokens: int, head_dim: int, masked: bool) -> Tile | None:
@@ -197,44 +170,33 @@ def choose_bias_gradient(dtype: torch.dtype, tokens: int, head_dim: int, masked:
     strips, channels = -(-tokens // LARGEST_TILE), padded_head_dim(head_dim)
     stage = 4 * LARGEST_TILE * channels * dtype.itemsize
     stages, programs = _fitting(_BIAS_MASKED if masked else _BIAS, lambda stages: stages * stage)
-    return Tile(0, strips, LARGEST_TILE, 0, LARGEST_TILE, 0, 4, stages, programs)
+    return Tile(0, strips, LARGEST_TILE, LARGEST_TILE, 0, 4, stages, programs)
 
 
-def _cut(cuts: Cuts, dtype: torch.dtype, tokens: int, head_dim: int, otherwise: Cut) -> Cut:
-    if dtype == torch.float32 or padded_head_dim(head_dim) > 32:
-        return otherwise
-    return next(cut for largest, cut in cuts if tokens <= largest)
+def _is_slim(dtype: torch.dtype, head_dim: int) -> bool:
+    """Half precision, at most 32 channels: what launches were tuned for above 64 tokens."""
+    return dtype != torch.float32 and padded_head_dim(head_dim) <= 32
 
 
 @cache
-def _launches(
-    dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices, cut: Cut
-) -> list[Tile]:
-    return [
-        _launch(dtype, precision, tokens, head_dim, row_tensors, choices, cut.columns, *strips)
-        for strips in _strips(tokens, head_dim, cut.rest)
-    ]
-
-
-def _strips(tokens: int, head_dim: int, rest: Rest) -> list[tuple[int, int, int, int]]:
-    """First row, number and rows of strips, and tile of the rest, of each launch."""
-    if tokens <= LARGEST_TILE:
-        return [(0, 1, _power_of_two(tokens), 0)]
+def _launches(dtype: torch.dtype, precision: str, tokens: int, head_dim: int, choices: Choices) -> list[Tile]:
+    """Launches of a backward pass. If strips of 64 rows leave 32 or fewer, these get a launch of their own."""
     whole, left = divmod(tokens, LARGEST_TILE)
     # One or two warps have no registers for the gradients of many channels.
-    if rest == "strip" or not 0 < left <= LARGEST_TILE // 2 or padded_head_dim(head_dim) > LARGEST_TILE:
-        return [(0, whole + (left > 0), LARGEST_TILE, 0)]
-    if rest == "programs" and left <= 16:
-        return [(0, whole, LARGEST_TILE, 16)]
-    return [(0, whole, LARGEST_TILE, 0), (whole * LARGEST_TILE, 1, _power_of_two(left), 0)]
+    if whole == 0 or not 0 < left <= LARGEST_TILE // 2 or padded_head_dim(head_dim) > LARGEST_TILE:
+        strips = [(0, whole + (left > 0), min(LARGEST_TILE, _power_of_two(tokens)))]
+    else:
+        strips = [(0, whole, LARGEST_TILE), (whole * LARGEST_TILE, 1, _power_of_two(left))]
+    return [_launch(dtype, precision, tokens, head_dim, 2, choices, LARGEST_TILE, *strip) for strip in strips]
 
 
+@cache
 def _launch(
     dtype: torch.dtype, precision: str, tokens: int, head_dim: int, row_tensors: int, choices: Choices,
-    columns: int, first: int, strips: int, rows: int, rest: int,
+    columns: int, first: int, strips: int, rows: int,
 ) -> Tile:  # fmt: skip
-    """The launch for some strips: with as many stages as shared memory holds."""
-    columns = min(columns if tokens > LARGEST_TILE else LARGEST_TILE, _power_of_two(tokens))
+    """The launch for some strips of rows, from the first: with as many stages as shared memory holds."""
+    columns = min(columns, _power_of_two(tokens))
     left = tokens % columns
     tail = _power_of_two(left) % columns if tokens > columns and left else 0
     width = tokens // columns * columns + tail if tail else -(-tokens // columns) * columns
@@ -251,7 +213,7 @@ def _launch(
     warps = rows // 16 * (2 if precision == "ieee" else 1)
     if rows < LARGEST_TILE:
         warps = max(warps, min(4, channels // 64))
-    return Tile(first, strips, rows, rest, columns, tail, warps, stages, programs)
+    return Tile(first, strips, rows, columns, tail, warps, stages, programs)
 
 
 def _fitting(choices: Choices, shared_memory: Callable[[int], int]) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from .arguments import (
     stride_alignment,
 )
 from .bias_gradient import fold_rows
-from .configs import choose_bias_gradient, choose_keys, choose_rows, count_parts, count_programs, tile_constants
+from .configs import choose_bias_gradient, choose_keys, choose_rows, count_parts, count_parts_and_rest, tile_constants
 from .tile_math import LOG2E
 from .window_bias_gradient import launch_bias_gradient
 from .window_key_gradient import _window_bwd_keys_kernel
@@ -62,16 +62,16 @@ def launch_backward(
     sums_bias = needs_bias and bias_tile is None
     with device_of(query):
         for tile in choose_rows(query.dtype, tokens, head_dim):
-            parts = count_parts(query.device, tile, windows, heads)
+            parts, rest_parts = count_parts_and_rest(query.device, tile, windows, heads)
             end = min(tile.first + tile.strips * tile.rows, tokens)
             partials = rest_partials = None
             if sums_bias:
-                partials = query.new_empty((parts[0], heads, end - tile.first, tokens), dtype=torch.float32)
-                rest_partials = query.new_empty((parts[1], heads, tokens - end, tokens), dtype=torch.float32)
-            _window_bwd_rows_kernel[(count_programs(tile, parts, heads),)](
+                partials = query.new_empty((parts, heads, end - tile.first, tokens), dtype=torch.float32)
+                rest_partials = query.new_empty((rest_parts, heads, tokens - end, tokens), dtype=torch.float32)
+            _window_bwd_rows_kernel[((parts * tile.strips + rest_parts) * heads,)](
                 query, key, value, dout, out, lse, inverse, dq, dk, dv, *addends, partials, rest_partials, delta,
-                *chain(*strides), *addend_strides, *numbers, *parts, *factors, NEEDS_BIAS=sums_bias,
-                **tile_constants(tile), **constants,
+                *chain(*strides), *addend_strides, *numbers, parts, rest_parts, *factors, NEEDS_BIAS=sums_bias,
+                FIRST=tile.first, REST=tile.rest, **tile_constants(tile), **constants,
             )  # fmt: skip
             if sums_bias:
                 fold_rows(partials, dbias, tile.first)
@@ -80,10 +80,10 @@ def launch_backward(
         if lse is not None:
             for tile in choose_keys(query.dtype, tokens, head_dim):
                 parts = count_parts(query.device, tile, windows, heads)
-                _window_bwd_keys_kernel[(count_programs(tile, parts, heads),)](
+                _window_bwd_keys_kernel[(parts * heads * tile.strips,)](
                     query, key, value, dout, lse, inverse, delta, dk, dv, *addends,
-                    *chain(*strides[:4], *strides[6:]), *addend_strides, *numbers, *parts, *factors,
-                    **tile_constants(tile), **constants,
+                    *chain(*strides[:4], *strides[6:]), *addend_strides, *numbers, parts, *factors,
+                    FIRST=tile.first, **tile_constants(tile), **constants,
                 )  # fmt: skip
         if bias_tile is not None:
             launch_bias_gradient(

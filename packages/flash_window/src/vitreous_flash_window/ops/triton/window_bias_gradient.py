@@ -131,7 +131,7 @@ def launch_bias_gradient(
     """
     heads, windows, _ = numbers
     tokens = dbias.shape[1]
-    parts, _ = count_parts(dbias.device, tile._replace(strips=tile.strips**2), windows, heads)
+    parts = count_parts(dbias.device, tile._replace(strips=tile.strips**2), windows, heads)
     partials = dbias.new_empty((parts, heads, tokens, tokens), dtype=torch.float32)
     _window_bwd_bias_kernel[(parts * heads * tile.strips**2,)](
         *tensors, partials, *strides, *numbers, parts, *factors, STRIPS=tile.strips, SIZE=tile.rows,

@@ -1,8 +1,7 @@
 """Forward kernel of short windows: few programs, each walking over many windows of one head.
 
-A program owns a strip of queries: all, or 64, or the few that remain. What depends on the head alone, the bias, stays
-in its registers; queries, keys and values of the next windows are on their way while it computes. Keys come in chunks:
-144 = 64 + 64 + 16.
+A program owns a strip of queries: all, or 64. What depends on the head alone, the bias, stays in its registers, while
+queries, keys and values of the next windows are on their way. Keys come in chunks: 144 = 64 + 64 + 16.
 """
 
 # mypy: ignore-errors
@@ -26,7 +25,7 @@ from .arguments import (
     split_statistics,
     stride_alignment,
 )
-from .configs import choose_forward, count_parts, count_programs, keeps_statistics, tile_constants
+from .configs import choose_forward, count_parts, keeps_statistics, tile_constants
 from .tile_math import (
     FLOOR,
     LOG2E,
@@ -45,35 +44,43 @@ from .tile_math import (
 )
 
 
-@triton.jit
-def _walk_forward(
+@triton.jit(
+    do_not_specialize=[
+        "stride_qw", "stride_qh", "stride_qn", "stride_kw", "stride_kh", "stride_kn",
+        "stride_vw", "stride_vh", "stride_vn", "stride_ow", "stride_oh", "stride_on",
+        "stride_bh", "stride_bq", "stride_bk", "stride_mw", "stride_mq", "stride_mk",
+        "heads", "windows", "mask_windows", "parts",
+    ]
+)  # fmt: skip
+def _window_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, seed_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
     stride_vw, stride_vh, stride_vn, stride_vd,
     stride_ow, stride_oh, stride_on, stride_od,
     stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
-    heads, windows, mask_windows, scale_log2, threshold, keep_scale,
-    strip, head, part, parts,
+    heads, windows, mask_windows, parts, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`o = softmax(scale q k^T + bias + mask) v` of a strip of queries and a part of the windows.
+    """`o = softmax(scale q k^T + bias + mask) v`, and the statistics of the rows where a program holds not all columns.
 
-    And the statistics of the rows, where a program holds not all columns.
+    Grid: parts x heads x strips of queries, the last fastest.
     """
+    pid = tl.program_id(0)
+    strip, head, part = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64), pid // STRIPS // heads
     stride_qn = full_stride(stride_qn, ALIGN)
     stride_on = full_stride(stride_on, ALIGN)
     stride_kn = full_stride(stride_kn, ALIGN)
     stride_vn = full_stride(stride_vn, ALIGN)
-    FULL: tl.constexpr = FIRST + STRIPS * ROWS <= TOKENS
+    FULL: tl.constexpr = STRIPS * ROWS <= TOKENS
     WHOLE: tl.constexpr = TOKENS // COLUMNS if TAIL > 0 else (TOKENS + COLUMNS - 1) // COLUMNS
     CHUNKS: tl.constexpr = WHOLE + (TAIL > 0)
 
     offs_d = tl.arange(0, BLOCK_D)
-    rows = FIRST + strip * ROWS + tl.arange(0, ROWS)
+    rows = strip * ROWS + tl.arange(0, ROWS)
     is_row = rows < TOKENS
     q_offsets = row_offsets(rows, offs_d, stride_qn, stride_qd)
     o_offsets = row_offsets(rows, offs_d, stride_on, stride_od)
@@ -130,58 +137,6 @@ def _walk_forward(
                 tl.store(lse_ptr + of_rows, tl.where(is_blank, float("inf"), lse), mask=is_row)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_qw", "stride_qh", "stride_qn", "stride_kw", "stride_kh", "stride_kn",
-        "stride_vw", "stride_vh", "stride_vn", "stride_ow", "stride_oh", "stride_on",
-        "stride_bh", "stride_bq", "stride_bk", "stride_mw", "stride_mq", "stride_mk",
-        "heads", "windows", "mask_windows", "parts", "rest_parts",
-    ]
-)  # fmt: skip
-def _window_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, seed_ptr,
-    stride_qw, stride_qh, stride_qn, stride_qd,
-    stride_kw, stride_kh, stride_kn, stride_kd,
-    stride_vw, stride_vh, stride_vn, stride_vd,
-    stride_ow, stride_oh, stride_on, stride_od,
-    stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
-    heads, windows, mask_windows, parts, rest_parts, scale_log2, threshold, keep_scale,
-    BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
-    TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A walk each: of the strips of queries, and of the `REST` rows that they leave, if there are any.
-
-    Grid: parts x heads x strips, the last fastest; then rest_parts x heads.
-    """
-    shared = (
-        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inverse_ptr, bias_ptr, mask_ptr, seed_ptr,
-        stride_qw, stride_qh, stride_qn, stride_qd,
-        stride_kw, stride_kh, stride_kn, stride_kd,
-        stride_vw, stride_vh, stride_vn, stride_vd,
-        stride_ow, stride_oh, stride_on, stride_od,
-        stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
-        heads, windows, mask_windows, scale_log2, threshold, keep_scale,
-    )  # fmt: skip
-    pid = tl.program_id(0)
-    of_rest = pid - parts * heads * STRIPS
-    if True if REST == 0 else of_rest < 0:  # without a rest no branch at all, which would cost registers
-        strip, head, part = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64), pid // STRIPS // heads
-        _walk_forward(
-            *shared, strip, head, part, parts,
-            BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            FIRST, STRIPS, ROWS, COLUMNS, TAIL, PRECISION,
-        )  # fmt: skip
-    else:
-        head, part = (of_rest % heads).to(tl.int64), of_rest // heads
-        _walk_forward(
-            *shared, 0, head, part, rest_parts,
-            BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            STRIPS * ROWS, 1, REST, COLUMNS, TAIL, PRECISION,
-        )  # fmt: skip
-
-
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout_p: float,
@@ -201,16 +156,16 @@ def launch_forward(
     )
     threshold, keep_scale = dropout_numbers(dropout_p)
     pointers = split_statistics(statistics) if kept else (None, None)
+    tile = choose_forward(query.dtype, tokens, head_dim)
+    parts = count_parts(query.device, tile, windows, heads)
     with device_of(query):
-        for tile in choose_forward(query.dtype, tokens, head_dim):
-            parts = count_parts(query.device, tile, windows, heads)
-            _window_fwd_kernel[(count_programs(tile, parts, heads),)](
-                query, key, value, out, *pointers, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
-                *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride()),
-                heads, windows, 1 if mask is None else mask.shape[0], *parts,
-                scale * LOG2E.value, threshold, keep_scale,
-                BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
-                TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-                PRECISION=dot_precision(query.dtype), **tile_constants(tile),
-            )  # fmt: skip
+        _window_fwd_kernel[(parts * heads * tile.strips,)](
+            query, key, value, out, *pointers, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
+            *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride()),
+            heads, windows, 1 if mask is None else mask.shape[0], parts,
+            scale * LOG2E.value, threshold, keep_scale,
+            BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
+            TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
+            PRECISION=dot_precision(query.dtype), **tile_constants(tile),
+        )  # fmt: skip
     return out, statistics

@@ -23,8 +23,16 @@ from .tile_math import (
 )
 
 
-@triton.jit
-def _walk_keys(
+@triton.jit(
+    do_not_specialize=[
+        "stride_qw", "stride_qh", "stride_qn", "stride_kw", "stride_kh", "stride_kn",
+        "stride_vw", "stride_vh", "stride_vn", "stride_gw", "stride_gh", "stride_gn",
+        "stride_dkw", "stride_dkh", "stride_dkn", "stride_dvw", "stride_dvh", "stride_dvn",
+        "stride_bh", "stride_bq", "stride_bk", "stride_mw", "stride_mq", "stride_mk",
+        "heads", "windows", "mask_windows", "parts",
+    ]
+)  # fmt: skip
+def _window_bwd_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, inverse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
     stride_qw, stride_qh, stride_qn, stride_qd,
     stride_kw, stride_kh, stride_kn, stride_kd,
@@ -33,14 +41,18 @@ def _walk_keys(
     stride_dkw, stride_dkh, stride_dkn, stride_dkd,
     stride_dvw, stride_dvh, stride_dvn, stride_dvd,
     stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
-    heads, windows, mask_windows, scale, scale_log2, threshold, keep_scale,
-    strip, head, part, parts,
+    heads, windows, mask_windows, parts, scale, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dv = P^T dout`, `dk = scale dS^T q` of a strip of keys and a part of the windows; columns are queries."""
+    """`dv = P^T dout`, `dk = scale dS^T q`; columns are queries.
+
+    Grid: parts x heads x strips of keys, the last fastest.
+    """
+    pid = tl.program_id(0)
+    strip, head, part = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64), pid // STRIPS // heads
     stride_kn = full_stride(stride_kn, ALIGN)
     stride_vn = full_stride(stride_vn, ALIGN)
     stride_dkn = full_stride(stride_dkn, ALIGN)
@@ -110,60 +122,3 @@ def _walk_keys(
             dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
             store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "stride_qw", "stride_qh", "stride_qn", "stride_kw", "stride_kh", "stride_kn",
-        "stride_vw", "stride_vh", "stride_vn", "stride_gw", "stride_gh", "stride_gn",
-        "stride_dkw", "stride_dkh", "stride_dkn", "stride_dvw", "stride_dvh", "stride_dvn",
-        "stride_bh", "stride_bq", "stride_bk", "stride_mw", "stride_mq", "stride_mk",
-        "heads", "windows", "mask_windows", "parts", "rest_parts",
-    ]
-)  # fmt: skip
-def _window_bwd_keys_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, inverse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
-    stride_qw, stride_qh, stride_qn, stride_qd,
-    stride_kw, stride_kh, stride_kn, stride_kd,
-    stride_vw, stride_vh, stride_vn, stride_vd,
-    stride_gw, stride_gh, stride_gn, stride_gd,
-    stride_dkw, stride_dkh, stride_dkn, stride_dkd,
-    stride_dvw, stride_dvh, stride_dvn, stride_dvd,
-    stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
-    heads, windows, mask_windows, parts, rest_parts, scale, scale_log2, threshold, keep_scale,
-    BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
-    TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A walk each: of the strips of keys, and of the `REST` rows that they leave, if there are any.
-
-    Grid: parts x heads x strips, the last fastest; then rest_parts x heads.
-    """
-    shared = (
-        q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, inverse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, mask_ptr, seed_ptr,
-        stride_qw, stride_qh, stride_qn, stride_qd,
-        stride_kw, stride_kh, stride_kn, stride_kd,
-        stride_vw, stride_vh, stride_vn, stride_vd,
-        stride_gw, stride_gh, stride_gn, stride_gd,
-        stride_dkw, stride_dkh, stride_dkn, stride_dkd,
-        stride_dvw, stride_dvh, stride_dvn, stride_dvd,
-        stride_bh, stride_bq, stride_bk, stride_mw, stride_mq, stride_mk,
-        heads, windows, mask_windows, scale, scale_log2, threshold, keep_scale,
-    )  # fmt: skip
-    pid = tl.program_id(0)
-    of_rest = pid - parts * heads * STRIPS
-    if True if REST == 0 else of_rest < 0:  # without a rest no branch at all, which would cost registers
-        strip, head, part = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64), pid // STRIPS // heads
-        _walk_keys(
-            *shared, strip, head, part, parts,
-            BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            FIRST, STRIPS, ROWS, COLUMNS, TAIL, PRECISION,
-        )  # fmt: skip
-    else:
-        head, part = (of_rest % heads).to(tl.int64), of_rest // heads
-        _walk_keys(
-            *shared, 0, head, part, rest_parts,
-            BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            STRIPS * ROWS, 1, REST, COLUMNS, TAIL, PRECISION,
-        )  # fmt: skip
