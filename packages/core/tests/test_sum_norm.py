@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous_core.errors import BackendUnsupported
-from vitreous_core.ops.sum_norm import SumNorm, sum_norm
+from vitreous_core.ops.sum_norm import SumNorm, add_branch, sum_norm
 from vitreous_core.testing.budget import assert_within_budget
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -140,3 +140,38 @@ def test_bad_input_is_named() -> None:
         sum_norm(x, None, w, w, backend="flex")  # type: ignore[arg-type]
     with pytest.raises(BackendUnsupported, match="float64"):
         sum_norm(x.double(), None, w.double(), w.double(), backend="triton")
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (SINGLE, BRAIN), (BRAIN, SINGLE)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sum_without_a_norm(dtypes: tuple[torch.dtype, torch.dtype], compiled: bool) -> None:
+    check_sum("cpu", dtypes, compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [(SINGLE, BRAIN), (BRAIN, BRAIN), (SINGLE, SINGLE)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sum_without_a_norm_on_gpu(dtypes: tuple[torch.dtype, torch.dtype], compiled: bool) -> None:
+    check_sum("cuda", dtypes, compiled)
+
+
+def check_sum(device: str, dtypes: tuple[torch.dtype, torch.dtype], compiled: bool) -> None:
+    """Sum and gradients, inside other operations: there compiled code has lost them (PyTorch 2.11)."""
+    shortcut, branch = (
+        torch.randn(3, 5, 8, device=device).to(dtype).double().requires_grad_() for dtype in dtypes
+    )  # fmt: skip
+    factor = torch.tensor([0.0, 1.25, 2.0], device=device)
+
+    def total(shortcut: Tensor, branch: Tensor) -> Tensor:
+        return add_branch((2 * shortcut).to(dtypes[0]), (2 * branch).to(dtypes[1]), factor)
+
+    function = torch.compile(total, backend="aot_eager", fullgraph=True) if compiled else total
+    got = function(shortcut, branch)
+    truth = 2 * shortcut + factor.double().view(-1, 1, 1) * 2 * branch
+    assert got.dtype == torch.promote_types(*dtypes)
+    weights = torch.randn_like(truth)
+    gradients = [torch.autograd.grad((sum_ * weights).sum(), (shortcut, branch)) for sum_ in (got, truth)]
+    for found, expected in zip((got, *gradients[0]), (truth, *gradients[1]), strict=True):
+        # One rounding of the result, or of each gradient to its input's dtype.
+        tolerance = max(torch.finfo(dtype).eps for dtype in dtypes)
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

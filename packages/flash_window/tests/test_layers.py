@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vitreous_core.ops.sum_norm import add_branch
 from vitreous_flash_window.layers import (
     DropPath,
     GeluLinear,
-    add_branch,
     apply_norm,
     gelu_linear,
     split_drop,

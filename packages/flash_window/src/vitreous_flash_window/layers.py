@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vitreous_core.autocast import without_autocast
-from vitreous_core.ops.sum_norm import sum_norm
+from vitreous_core.ops.sum_norm import add_branch, sum_norm
 
 LayerConfig = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, ...]` to the same shape."""
         factor = self.factor(x)
-        return x if factor is None else _scaled(x, factor).to(x.dtype)
+        return x if factor is None else (x * factor.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"
@@ -58,15 +58,6 @@ class DropPath(nn.Module):
 def split_drop(drop: nn.Module, branch: Tensor) -> tuple[Tensor, Tensor | None]:
     """A branch and the factor `[B]` that `drop` puts on its images, for a sum to apply; other dropout acts at once."""
     return (branch, drop.factor(branch)) if isinstance(drop, DropPath) else (drop(branch), None)
-
-
-def add_branch(shortcut: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    """`shortcut + factor * branch`, in the dtype that the two promote to."""
-    if factor is None:
-        return shortcut + branch
-    if shortcut.is_cuda and shortcut.dtype == torch.promote_types(shortcut.dtype, branch.dtype) and _is_eager():
-        return _ScaledSum.apply(shortcut, branch, factor)
-    return (shortcut + _scaled(branch, factor)).to(torch.promote_types(shortcut.dtype, branch.dtype))
 
 
 def sum_and_norm(
@@ -98,7 +89,7 @@ def gelu_linear(hidden: Tensor, activation: nn.GELU, linear: nn.Linear) -> Tenso
     """
     # Another kind of layer in its place, such as an adapter, does more than its weight says.
     is_plain = type(linear) is nn.Linear and not _has_hooks(activation) and not _has_hooks(linear)
-    if not (is_plain and hidden.is_cuda and torch.is_grad_enabled() and _is_eager()):
+    if not (is_plain and hidden.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()):
         return linear(activation(hidden))
     autocast = torch.is_autocast_enabled("cuda") and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cuda") if autocast else hidden.dtype
@@ -117,14 +108,6 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-
-
-def _scaled(branch: Tensor, factor: Tensor) -> Tensor:
-    return branch * factor.view(-1, *[1] * (branch.ndim - 1))
-
-
-def _is_eager() -> bool:
-    return not torch.compiler.is_compiling()
 
 
 class GeluLinear(torch.autograd.Function):
@@ -147,27 +130,6 @@ class GeluLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return torch.ops.aten.gelu_backward(grad @ weight, hidden, approximate=ctx.approximate), dweight, dbias, None
-
-
-class _ScaledSum(torch.autograd.Function):
-    """`add_branch` in one pass over memory each way.
-
-    Autocast would first copy the branch to the wider dtype of the shortcut, and its gradient back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
-        factor = factor.view(-1, *[1] * (branch.ndim - 1))
-        ctx.save_for_backward(factor)
-        ctx.dtype = branch.dtype
-        with torch.autocast("cuda", enabled=False):
-            return torch.addcmul(shortcut, branch, factor, out=torch.empty_like(shortcut))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grad, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.dtype)), None
 
 
 _DROPOUTS = {"DropPath": DropPath, "Dropout": nn.Dropout}

@@ -21,12 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
+from vitreous_core.ops.sum_norm import add_branch
 
 from .attention import FlashShiftWindowMSA, FlashWindowMSAV2, init_linear
 from .layers import (
     LAYER_NORM,
     LayerConfig,
-    add_branch,
     apply_norm,
     build_activation,
     build_dropout,

@@ -17,13 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
-from vitreous_core.ops.sum_norm import SumNorm, sum_norm
+from vitreous_core.ops.sum_norm import SumNorm, add_branch, sum_norm
 
 from .attention import Backend, CurveAttention, HilbertNeighborhoodAttention, HilbertWindowAttention
 from .attention_2d import NeighborhoodAttention2d
@@ -409,9 +408,7 @@ class CurveStage(nn.Module):
             else:
                 tokens, branch = block(*arguments)
             factor = factors[2 * index + 1]
-        if factor is None:
-            return tokens + branch
-        return _ScaledSum.apply(tokens, branch, factor.view(-1, 1, 1))
+        return add_branch(tokens, branch, factor)
 
 
 class CurveBlock(nn.Module):
@@ -529,26 +526,6 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(tokens)))
-
-
-class _ScaledSum(torch.autograd.Function):
-    """`shortcut + branch * factor` in the dtype of the shortcut, one pass over memory each way.
-
-    Written as it stands, autocast would first copy the branch to the shortcut's wider dtype, and back in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
-        ctx.branch_dtype = branch.dtype
-        ctx.save_for_backward(factor)
-        with torch.autocast(shortcut.device.type, enabled=False):
-            return torch.addcmul(shortcut, branch, factor, out=torch.empty_like(shortcut))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grad, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.branch_dtype)), None
 
 
 @torch.compiler.assume_constant_result

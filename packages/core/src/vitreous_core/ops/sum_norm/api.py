@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...autocast import autocast_dtype
+from ...autocast import autocast_dtype, without_autocast
 from ...errors import BackendUnsupported
 from ...triton_support import DTYPES, device_reasons
 
@@ -99,6 +99,24 @@ class SumNorm(nn.LayerNorm):
         return sum_norm(shortcut, branch, self.weight, self.bias, factor=factor, eps=self.eps)
 
 
+def add_branch(shortcut: Tensor, branch: Tensor, factor: Tensor | None = None) -> Tensor:
+    """`shortcut + factor * branch` where no norm follows, in the dtype that the two promote to.
+
+    Args:
+        shortcut, branch: `[B, ...]`, of one shape, any floating dtypes.
+        factor: fp32 `[B]`, a factor for each sample (stochastic depth); gets no gradient. None is 1.
+    """
+    if factor is None:
+        return shortcut + branch
+    factor = factor.view(-1, *[1] * (branch.ndim - 1))
+    dtype = torch.promote_types(shortcut.dtype, branch.dtype)
+    # Compilers fuse the plain form themselves, and Dynamo of PyTorch 2.11 loses the gradients of the other.
+    if shortcut.is_cuda and shortcut.dtype == dtype and not torch.compiler.is_compiling():
+        total: Tensor = _ScaledSum.apply(shortcut, branch, factor)
+        return total
+    return (shortcut + branch * factor).to(dtype)
+
+
 def _default_dtype(shortcut: Tensor) -> torch.dtype:
     # As PyTorch's own rules have it, fp64 stays.
     return shortcut.dtype if shortcut.dtype == torch.float64 else autocast_dtype(shortcut.device) or shortcut.dtype
@@ -142,6 +160,27 @@ class _SumNorm(torch.autograd.Function):
         tokens, weight, bias, factor = ctx.saved_tensors
         gradients = launch_backward(dtokens, dnormed, tokens, weight, bias, factor, ctx.eps, ctx.branch_dtype)
         return *gradients, None, None, None
+
+
+class _ScaledSum(torch.autograd.Function):
+    """One pass over memory each way.
+
+    Written as it stands, autocast would first copy the branch to the wider dtype of the shortcut, and its gradient
+    back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.dtype = branch.dtype
+        with without_autocast(shortcut):
+            return torch.addcmul(shortcut, branch, factor, out=torch.empty_like(shortcut))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.dtype)), None
 
 
 def _check(shortcut: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, factor: Tensor | None) -> None:
