@@ -1,0 +1,228 @@
+custom_imports=dict(
+    allow_failed_imports=False,
+    imports=[
+        'vitreous_efficientvit.mm',
+        ])
+data_preprocessor=dict(
+    mean=[
+        72.9,
+        72.9,
+        72.9,
+        ],
+    num_classes=10,
+    std=[
+        90.0,
+        90.0,
+        90.0,
+        ],
+    to_rgb=False)
+data_root='/usr/share/datasets/fashion-mnist'
+default_hooks=dict(
+    checkpoint=dict(
+        interval=1,
+        max_keep_ckpts=2,
+        save_best='auto',
+        type='CheckpointHook'),
+    logger=dict(
+        interval=100,
+        type='LoggerHook'),
+    param_scheduler=dict(
+        type='ParamSchedulerHook'),
+    sampler_seed=dict(
+        type='DistSamplerSeedHook'),
+    timer=dict(
+        type='IterTimerHook'),
+    visualization=dict(
+        enable=False,
+        type='VisualizationHook'))
+default_scope='mmpretrain'
+env_cfg=dict(
+    cudnn_benchmark=False,
+    dist_cfg=dict(
+        backend='nccl'),
+    mp_cfg=dict(
+        mp_start_method='fork',
+        opencv_num_threads=0))
+launcher='none'
+load_from=None
+log_level='INFO'
+model=dict(
+    backbone=dict(
+        arch=dict(
+            channels=(
+                64,
+                128,
+                192,
+                ),
+            depths=(
+                2,
+                3,
+                2,
+                ),
+            ffns=(
+                0,
+                1,
+                ),
+            kernel_sizes=(
+                5,
+                5,
+                5,
+                5,
+                ),
+            num_heads=(
+                4,
+                4,
+                4,
+                )),
+        img_size=112,
+        type='EfficientViTMSRA'),
+    head=dict(
+        in_channels=192,
+        loss=dict(
+            label_smooth_val=0.1,
+            mode='original',
+            type='LabelSmoothLoss'),
+        num_classes=10,
+        type='EfficientViTMSRAHead'),
+    type='ImageClassifier')
+optim_wrapper=dict(
+    optimizer=dict(
+        betas=(
+            0.9,
+            0.999,
+            ),
+        eps=1e-08,
+        lr=0.001,
+        type='AdamW',
+        weight_decay=0.05),
+    paramwise_cfg=dict(
+        bias_decay_mult=0.0,
+        norm_decay_mult=0.0),
+    type='OptimWrapper')
+param_scheduler=[
+    dict(begin=0,
+        by_epoch=False,
+        end=50,
+        start_factor=0.01,
+        type='LinearLR'),
+    dict(begin=0,
+        by_epoch=True,
+        convert_to_iter_based=True,
+        eta_min=0.0,
+        type='CosineAnnealingLR'),
+    ]
+randomness=dict(
+    deterministic=False,
+    seed=0)
+resume=False
+test_cfg=dict(
+    )
+test_dataloader=dict(
+    batch_size=128,
+    collate_fn=dict(
+        type='default_collate'),
+    dataset=dict(
+        data_root='/usr/share/datasets/fashion-mnist',
+        pipeline=[
+            dict(interpolation='bilinear',
+                scale=112,
+                type='Resize'),
+            dict(type='PackInputs'),
+            ],
+        split='test',
+        type='GzippedFashionMNIST'),
+    num_workers=0,
+    persistent_workers=False,
+    pin_memory=False,
+    sampler=dict(
+        shuffle=False,
+        type='DefaultSampler'))
+test_evaluator=dict(
+    topk=(
+        1,
+        ),
+    type='Accuracy')
+test_pipeline=[
+    dict(interpolation='bilinear',
+        scale=28,
+        type='Resize'),
+    dict(type='PackInputs'),
+    ]
+train_cfg=dict(
+    by_epoch=True,
+    max_epochs=1,
+    val_interval=1)
+train_dataloader=dict(
+    batch_size=128,
+    collate_fn=dict(
+        type='default_collate'),
+    dataset=dict(
+        data_root='/usr/share/datasets/fashion-mnist',
+        pipeline=[
+            dict(crop_size=28,
+                padding=2,
+                type='RandomCrop'),
+            dict(direction='horizontal',
+                prob=0.5,
+                type='RandomFlip'),
+            dict(interpolation='bilinear',
+                scale=112,
+                type='Resize'),
+            dict(type='PackInputs'),
+            ],
+        split='train',
+        type='GzippedFashionMNIST'),
+    num_workers=0,
+    persistent_workers=False,
+    pin_memory=False,
+    sampler=dict(
+        shuffle=True,
+        type='DefaultSampler'))
+train_pipeline=[
+    dict(crop_size=28,
+        padding=2,
+        type='RandomCrop'),
+    dict(direction='horizontal',
+        prob=0.5,
+        type='RandomFlip'),
+    dict(interpolation='bilinear',
+        scale=28,
+        type='Resize'),
+    dict(type='PackInputs'),
+    ]
+val_cfg=dict(
+    )
+val_dataloader=dict(
+    batch_size=128,
+    collate_fn=dict(
+        type='default_collate'),
+    dataset=dict(
+        data_root='/usr/share/datasets/fashion-mnist',
+        pipeline=[
+            dict(interpolation='bilinear',
+                scale=112,
+                type='Resize'),
+            dict(type='PackInputs'),
+            ],
+        split='test',
+        type='GzippedFashionMNIST'),
+    num_workers=0,
+    persistent_workers=False,
+    pin_memory=False,
+    sampler=dict(
+        shuffle=False,
+        type='DefaultSampler'))
+val_evaluator=dict(
+    topk=(
+        1,
+        ),
+    type='Accuracy')
+vis_backends=[
+    dict(type='LocalVisBackend'),
+    ]
+visualizer=dict(
+    type='UniversalVisualizer',
+    vis_backends=[
+        dict(type='LocalVisBackend'),
+        ])
+work_dir='2026-11-22-407d97f-seed0'
