@@ -21,7 +21,7 @@ _LARGEST_VALUE_DIM = 128
 _LARGEST_KEY_DIM = 64
 _LARGEST_CHANNELS = 512
 _WIDEST_CONVOLUTION = 256
-_WIDEST_WINNING_FEED_FORWARD = 384
+_WIDEST_TIMED_FEED_FORWARD = 384
 
 
 def cascaded_group_attention(x: Tensor, weights: AttentionWeights, *, backend: Backend = "auto") -> Tensor:
@@ -125,8 +125,8 @@ def halving_depthwise(x: Tensor, weights: DepthwiseWeights, *, backend: Backend 
 def choose_backend(operator: Operator, device: torch.device | str, dtype: torch.dtype, channels: int) -> Backend:
     """What `backend="auto"` runs: `"triton"` on GPUs that can, in half precision, where it has been seen to win.
 
-    That is everywhere but for FFNs of many channels, whose two products cuBLAS computes faster than one kernel that
-    keeps the hidden channels on chip: `vitreous bench efficientvit`, rows `E1-layers/*`.
+    That is against the same layers in eager mode, and everywhere but for FFNs wider than those timed, of M4's last
+    stage: `docs/results/profiles/efficientvit-tiles.txt`. Compiled, cuBLAS's two products can be faster there.
 
     Args:
         operator: by the name of its function.
@@ -137,7 +137,7 @@ def choose_backend(operator: Operator, device: torch.device | str, dtype: torch.
     device = torch.device(device)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or device_reasons(device):
         return "torch"
-    if operator == "feed_forward" and channels > _WIDEST_WINNING_FEED_FORWARD:
+    if operator == "feed_forward" and channels > _WIDEST_TIMED_FEED_FORWARD:
         return "torch"
     return "triton"
 

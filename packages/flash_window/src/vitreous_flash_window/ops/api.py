@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitreous_core.autocast import to_autocast
+from vitreous_core.ops.block_sparse_attention.dropout import as_seed
 
 from . import contracts, contracts_shifted, reference
 from .backends import Backend, Problem, resolve
@@ -92,7 +93,7 @@ def window_attention(
     mask_needs_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     precision = _matmul_precision()
     chosen = resolve(backend, Problem(query.device, query.dtype, tokens, head_dim, mask_needs_grad, precision))
-    seed = _seed(dropout_seed, query.device) if dropout_p > 0 else None
+    seed = as_seed(dropout_seed, query.device) if dropout_p > 0 else None
     run = contracts.window_attention if chosen == "triton" else reference.window_attention
     return run(query, key, value, bias, mask, seed, scale, dropout_p)
 
@@ -187,7 +188,7 @@ def shifted_window_attention(
     precision = _matmul_precision()
     problem = Problem(qkv.device, qkv.dtype, window_size**2, head_dim, matmul_precision=precision)
     chosen = resolve(backend, problem)
-    seed = _seed(dropout_seed, qkv.device) if dropout_p > 0 else None
+    seed = as_seed(dropout_seed, qkv.device) if dropout_p > 0 else None
     run = contracts_shifted.shifted_window_attention if chosen == "triton" else reference.shifted_window_attention
     return run(
         qkv, bias_table, pad_qkv, logit_scale, seed, num_heads, window_size, shift_size, scale, dropout_p
@@ -250,18 +251,3 @@ def _checked_scale(scale: float | None, head_dim: int) -> float:
 def _check_dropout(dropout_p: float) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
-
-
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
-            raise ValueError(
-                f"dropout_seed must be an int or an int64 tensor of shape () on {device}; got {seed.dtype} "
-                f"{tuple(seed.shape)} on {seed.device}"
-            )
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"dropout_seed must be an int, an int64 tensor or None; got {seed!r}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)

@@ -12,6 +12,7 @@ from ...errors import BackendUnsupported
 from ...layout import BlockLayout
 from . import contracts, flex, reference, triton
 from .bias import DENSE_BIAS_LIMIT, Bias
+from .dropout import as_seed
 
 Backend = Literal["torch", "flex", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -82,7 +83,7 @@ def block_sparse_attention(
         reasons = implementation.unsupported_reasons(query, layout, _needs_grad(query, key, value, bias), dropout_p)
         if reasons:
             raise BackendUnsupported(backend, reasons)
-    seed = _seed(dropout_seed, query.device) if dropout_p > 0 else None
+    seed = as_seed(dropout_seed, query.device) if dropout_p > 0 else None
     layout = layout.to(query.device)
     if backend == "triton":
         # The kernels want a positive scale.
@@ -112,21 +113,6 @@ def choose_backend(query: Tensor, layout: BlockLayout, needs_grad: bool = True) 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, bias: Bias | None) -> bool:
     table = bias if bias is None or isinstance(bias, Tensor) else bias.table
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, table))
-
-
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
-            raise ValueError(
-                f"dropout_seed must be an int or an int64 tensor of shape () on {device}; got {seed.dtype} "
-                f"{tuple(seed.shape)} on {seed.device}"
-            )
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"dropout_seed must be an int, an int64 tensor or None; got {seed!r}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -16,6 +16,26 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
+def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The argument `dropout_seed` of an operation as int64 `[]` on a device; None draws one from PyTorch's generator.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
+            raise ValueError(
+                f"dropout_seed must be an int or an int64 tensor of shape () on {device}; got {seed.dtype} "
+                f"{tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed must be an int, an int64 tensor or None; got {seed!r}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
 def threshold(dropout_p: float) -> int:
     """Random words below it are dropped."""
     return min(round(dropout_p * 2**32), _LOW)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+
 from ..reference import NORM_EPS as _NORM_EPS
 from .arguments import device_of, split_statistics
 from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, rows_contiguous, writable
@@ -39,7 +41,7 @@ from .long_tiles import (
     split_program,
     store_output,
 )
-from .tile_math import LOG2E, channel_product, dropout_keep, operand
+from .tile_math import LOG2E, channel_product
 
 NORM_EPS = tl.constexpr(_NORM_EPS)
 

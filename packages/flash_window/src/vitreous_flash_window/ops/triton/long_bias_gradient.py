@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
+
 from .arguments import device_of, split_statistics
 from .long_arguments import COUNTS, Call, output_strides
 from .long_tiles import (
@@ -27,7 +29,7 @@ from .long_tiles import (
     place_tokens,
     regions,
 )
-from .tile_math import LOG2E, channel_product, dropout_keep, part_range
+from .tile_math import LOG2E, channel_product, part_range
 
 _PROGRAMS = 1056
 """Programs wanted per launch: some waves on the largest GPUs."""

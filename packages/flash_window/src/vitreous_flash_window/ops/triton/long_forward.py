@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+
 from .arguments import device_of, new_statistics, split_statistics
 from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, writable
 from .long_bias import prepare_bias
@@ -30,7 +32,7 @@ from .long_tiles import (
     split_program,
     store_output,
 )
-from .tile_math import LOG2E, channel_product, dropout_keep, operand
+from .tile_math import LOG2E, channel_product
 
 
 @triton.jit(do_not_specialize=COUNTS[:-1])

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+
 from .arguments import device_of, split_statistics
 from .bias_gradient import fold_partials, fold_rows
 from .image_addressing import (
@@ -37,7 +39,7 @@ from .image_addressing import (
     windows_of_part,
 )
 from .shifted_arguments import PLANS, RUNTIME_NUMBERS, Launch, Problem, Shape
-from .tile_math import LOG2E, channel_product, dropout_keep, operand, score_gradients, softmax_numerators
+from .tile_math import LOG2E, channel_product, score_gradients, softmax_numerators
 
 
 @triton.jit

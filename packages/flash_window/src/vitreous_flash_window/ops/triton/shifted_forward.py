@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+
 from .arguments import device_of, rows_of_statistics, split_statistics
 from .image_addressing import (
     chunk_tokens,
@@ -25,7 +27,6 @@ from .image_addressing import (
 )
 from .shifted_arguments import PLANS, RUNTIME_NUMBERS, Launch, Problem, Shape
 from .shifted_configs import LARGEST_TILE
-from .tile_math import dropout_keep, operand
 
 
 @triton.jit(do_not_specialize=RUNTIME_NUMBERS)

@@ -216,28 +216,3 @@ def score_gradients(weights, dweights):
     """Gradient of the scores, `P (dP - rowsum(P dP))`: P before dropout, dP with dropout's factors."""
     delta = tl.sum(weights * dweights, 1)
     return weights * (dweights - delta[:, None])
-
-
-@triton.jit
-def operand(values, other, PRECISION: tl.constexpr):
-    """Fp32 values as operand of a product with `other`.
-
-    Matrix units cut fp32 off to TF32; cutting weights, which are all positive, would make every sum too small.
-    """
-    values = values.to(other.dtype)
-    if (other.dtype == tl.float32) & (PRECISION == "tf32"):
-        bits = values.to(tl.int32, bitcast=True)
-        values = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
-    return values
-
-
-@triton.jit
-def dropout_keep(seed_ptr, window_head, query_token, key_token, threshold):
-    """Whether each weight is kept: Philox of the pair's own counter, so any pass draws the same bits."""
-    seed = tl.load(seed_ptr)
-    zero = (query_token + key_token) * 0
-    word, _, _, _ = tl.philox(
-        seed, (zero + key_token).to(tl.uint32), (zero + query_token).to(tl.uint32),
-        (zero + window_head).to(tl.uint32), zero.to(tl.uint32),
-    )  # fmt: skip
-    return word.to(tl.uint32) >= tl.cast(threshold, tl.uint32)

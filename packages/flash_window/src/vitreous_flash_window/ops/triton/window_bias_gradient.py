@@ -13,18 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
+
 from .bias_gradient import fold_rows
 from .configs import Tile, count_parts
-from .tile_math import (
-    addend_tile,
-    channel_product,
-    dropout_keep,
-    full_stride,
-    load_rows,
-    mask_groups,
-    row_offsets,
-    walk,
-)
+from .tile_math import addend_tile, channel_product, full_stride, load_rows, mask_groups, row_offsets, walk
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+
 from .arguments import (
     addend_kind,
     addend_pointer,
@@ -32,12 +34,10 @@ from .tile_math import (
     add_mask_tiles,
     addend_tiles,
     channel_product,
-    dropout_keep,
     full_stride,
     load_chunk,
     load_rows,
     mask_groups,
-    operand,
     row_offsets,
     store_rows,
     walk,

@@ -7,16 +7,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+
 from .tile_math import (
     add_mask_tiles,
     addend_tiles,
     channel_product,
-    dropout_keep,
     full_stride,
     load_chunk,
     load_rows,
     mask_groups,
-    operand,
     row_offsets,
     store_rows,
     walk,
