@@ -1,7 +1,7 @@
-"""What `vitreous bench efficientvit` measures: exported networks on the CPU, one image at a time, in processor time.
+"""What `vitreous bench efficientvit` measures: networks and their layers on a GPU, and exported networks on the CPU.
 
-Ours in deploy mode and timm's, whose graph is that of the official code, go through the same exporters with the same
-weights and run in the same runtimes, beside PyTorch itself.
+On the CPU it is one image at a time, in processor time: ours in deploy mode and timm's, whose graph is that of the
+official code, go through the same exporters with the same weights and run in the same runtimes, beside PyTorch itself.
 """
 
 from __future__ import annotations
@@ -39,45 +39,89 @@ NETWORKS = ("m0", "m4")
 
 def cases() -> Sequence[Case]:
     """All of them."""
-    return [*inference_cases(), *training_cases(), *layer_cases(), *runtime_cases()]
+    return [
+        *inference_cases(), *variant_cases(), *size_cases(), *float32_cases(), *training_cases(), *layer_cases(),
+        *runtime_cases(),
+    ]  # fmt: skip
 
 
 def inference_cases() -> Iterator[Case]:
-    """E1: half precision, channels-last, from one image to many.
-
-    `deploy-triton` is deploy mode as it comes for a half-precision network on a GPU; `deploy` keeps to plain PyTorch.
-    """
+    """E1: half precision, channels-last, from one image to many."""
+    goals = (Goal(INFER, "speed-up", 2.5, over="timm"), Goal(INFER, "speed-up", 1.5, over="timm-compiled"))
     for arch in NETWORKS:
-        ours, theirs = partial(classifier, arch), partial(timm_classifier, arch)
-        networks: dict[str, tuple[Build, Adopt]] = {
-            "deploy-triton": (partial(classifier, arch, torch.float16), partial(deployed, backend="auto")),
-            "deploy": (ours, partial(deployed, backend="torch")),
-            "eager": (ours, load_weights),
-            "timm": (theirs, adopt_in_timm),
-        }
         for batch in (1, 256, 2048):
-            problem = ModelProblem(
-                f"efficientvit-msra-{arch}",
-                ours,
-                batch,
-                dtype="float16",
-                autocast=False,
-                series=f"{arch} {batch}",
-            )
             names = [
                 "deploy-triton", "deploy-triton-graph", "deploy", "deploy-compiled", "deploy-compiled-graph", "eager",
                 "timm", "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
-            goals = (
-                Goal(INFER, "speed-up", 2.5, over="timm"),
-                Goal(INFER, "speed-up", 1.5, over="timm-compiled"),
-            )
             # Many images hide the launches, and a graph would have to copy them.
             fastest = "deploy-triton-graph" if batch <= 256 else "deploy-triton"
-            yield Case(
-                f"E1/{arch}-batch{batch}", "E1", problem, variants(names, networks), (INFER,), ours=fastest,
-                goals=goals, clock="wall",
-            )  # fmt: skip
+            yield _inference_case("E1", f"{arch}-batch{batch}", arch, batch, names, ours=fastest, goals=goals)
+
+
+def variant_cases() -> Iterator[Case]:
+    """E1-variants: the latency of one image and the throughput of many, all networks in half precision."""
+    for arch in EfficientViTMSRA.arch_settings:
+        for batch in (1, 256):
+            names = [
+                "deploy-triton-graph", "eager", "timm", "timm-compiled", *(["timm-graph"] if batch == 1 else []),
+            ]  # fmt: skip
+            yield _inference_case("E1-variants", f"{arch}-batch{batch}", arch, batch, names)
+
+
+def size_cases() -> Iterator[Case]:
+    """E1-sizes: larger images in half precision, networks built for them on both sides."""
+    names = ["deploy-triton-graph", "eager", "timm", "timm-compiled"]
+    for arch in NETWORKS:
+        for size in (384, 512):
+            yield _inference_case("E1-sizes", f"{arch}-{size}px", arch, 128, names, size=size)
+
+
+def float32_cases() -> Iterator[Case]:
+    """E1-float32: the whole network in fp32, by PyTorch's own switches: its convolutions may use TF32 products.
+
+    `deploy-auto` is deploy mode as it comes on a GPU.
+    """
+    names = ["deploy-auto-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm", "timm-compiled"]
+    for arch in NETWORKS:
+        yield _inference_case(
+            "E1-float32", f"{arch}-batch256", arch, 256, names, dtype="float32", ours="deploy-auto-graph"
+        )  # fmt: skip
+
+
+NEVER_SLOWER = (Goal(INFER, "speed-up", 1.0, over="timm"), Goal(INFER, "speed-up", 1.0, over="timm-compiled"))
+
+
+def _inference_case(
+    mark: str,
+    name: str,
+    arch: str,
+    batch: int,
+    providers: Sequence[str],
+    *,
+    size: int = 224,
+    dtype: str = "float16",
+    ours: str = "deploy-triton-graph",
+    goals: tuple[Goal, ...] = NEVER_SLOWER,
+) -> Case:
+    """A network on a GPU.
+
+    `deploy-triton` is deploy mode as it comes for a half-precision network on a GPU; `deploy` keeps to plain PyTorch.
+    """
+    network, theirs = partial(classifier, arch, img_size=size), partial(timm_classifier, arch, size)
+    networks: dict[str, tuple[Build, Adopt]] = {
+        "deploy-triton": (partial(network, dtype=torch.float16), partial(deployed, backend="auto")),
+        "deploy-auto": (network, partial(deployed, backend="auto")),
+        "deploy": (network, partial(deployed, backend="torch")),
+        "eager": (network, load_weights),
+        "timm": (theirs, adopt_in_timm),
+    }
+    problem = ModelProblem(
+        f"efficientvit-msra-{arch}", network, batch, size, dtype, autocast=False, series=f"{arch} {batch}"
+    )
+    return Case(
+        f"{mark}/{name}", mark, problem, variants(providers, networks), (INFER,), ours=ours, goals=goals, clock="wall"
+    )
 
 
 def training_cases() -> Iterator[Case]:
@@ -125,17 +169,17 @@ def runtime_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def classifier(arch: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def classifier(arch: str, dtype: torch.dtype = torch.float32, img_size: int = 224) -> nn.Module:
     """Our network with one head, with weights away from zeros and ones, in evaluation mode."""
-    backbone = EfficientViTMSRA(arch)
+    backbone = EfficientViTMSRA(arch, img_size)
     head = EfficientViTMSRAHead(1000, backbone.channels[-1])
     model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
     model.load_state_dict(from_official(golden_state(to_official(model.state_dict()))))
     return model.to(dtype).eval()
 
 
-def timm_classifier(arch: str) -> nn.Module:
-    """timm's network of that name.
+def timm_classifier(arch: str, img_size: int = 224) -> nn.Module:
+    """timm's network of that name for images of that size.
 
     Raises:
         Unavailable: where timm is not installed.
@@ -144,7 +188,7 @@ def timm_classifier(arch: str) -> nn.Module:
         import timm
     except ModuleNotFoundError:
         raise Unavailable("timm is not installed") from None
-    network: nn.Module = timm.create_model(f"efficientvit_{arch}").eval()
+    network: nn.Module = timm.create_model(f"efficientvit_{arch}", img_size=img_size).eval()
     return network
 
 

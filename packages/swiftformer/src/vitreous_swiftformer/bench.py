@@ -40,43 +40,89 @@ STAGE_TOKENS = (56**2, 28**2, 14**2, 7**2)
 
 def cases() -> Sequence[Case]:
     """All of them."""
-    return [*inference_cases(), *training_cases(), *attention_cases(), *runtime_cases()]
+    return [
+        *inference_cases(), *variant_cases(), *size_cases(), *float32_cases(), *training_cases(), *attention_cases(),
+        *runtime_cases(),
+    ]  # fmt: skip
 
 
 def inference_cases() -> Iterator[Case]:
-    """S1: inference in half precision, channels-last.
-
-    `deploy-triton` is deploy mode as it comes, whose attention is Triton's; `deploy` keeps to plain PyTorch, and
-    `deploy-encoder` has the kernel of the convolutional blocks too.
-    """
+    """S1: half precision, channels-last, from one image to many."""
+    goals = (Goal(INFER, "speed-up", 2.8, over="timm"), Goal(INFER, "speed-up", 1.4, over="timm-compiled"))
     for arch in NETWORKS:
-        ours, theirs = partial(classifier, arch, "torch"), partial(timm_classifier, arch)
-        networks: dict[str, tuple[Build, Adopt]] = {
-            "deploy-triton": (partial(classifier, arch), folded),
-            "deploy": (ours, folded),
-            "deploy-encoder": (partial(classifier, arch, "triton"), folded),
-            "eager": (ours, load_weights),
-            "timm": (theirs, adopt_in_timm),
-        }
         for batch in (1, 128, 1024):
-            problem = ModelProblem(
-                f"swiftformer-{arch}", ours, batch, dtype="float16", autocast=False, series=f"{arch} {batch}"
-            )
             names = [
                 "deploy-triton", "deploy-triton-graph", "deploy-triton-compiled", "deploy-triton-compiled-graph",
                 "deploy-compiled-graph", "deploy-encoder-graph", "eager",
                 "timm", "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
-            goals = (
-                Goal(INFER, "speed-up", 2.8, over="timm"),
-                Goal(INFER, "speed-up", 1.4, over="timm-compiled"),
-            )
             # Many images hide the launches, and a graph would have to copy them.
             fastest = "deploy-triton-compiled-graph" if batch <= 128 else "deploy-triton-compiled"
-            yield Case(
-                f"S1/{arch}-batch{batch}", "S1", problem, variants(names, networks), (INFER,), ours=fastest,
-                goals=goals, clock="wall",
-            )  # fmt: skip
+            yield _inference_case("S1", f"{arch}-batch{batch}", arch, batch, names, ours=fastest, goals=goals)
+
+
+def variant_cases() -> Iterator[Case]:
+    """S1-variants: the latency of one image and the throughput of many, all networks in half precision."""
+    for arch in SwiftFormer.arch_settings:
+        for batch in (1, 128):
+            names = [
+                "deploy-triton-graph", "eager", "timm", "timm-compiled", *(["timm-graph"] if batch == 1 else []),
+            ]  # fmt: skip
+            yield _inference_case("S1-variants", f"{arch}-batch{batch}", arch, batch, names)
+
+
+def size_cases() -> Iterator[Case]:
+    """S1-sizes: larger images in half precision."""
+    names = ["deploy-triton-graph", "eager", "timm", "timm-compiled"]
+    for size in (384, 512):
+        yield _inference_case("S1-sizes", f"l1-{size}px", "l1", 128, names, size=size)
+
+
+def float32_cases() -> Iterator[Case]:
+    """S1-float32: the whole network in fp32, by PyTorch's own switches: its convolutions may use TF32 products.
+
+    `deploy-auto` is deploy mode as it comes on a GPU.
+    """
+    names = ["deploy-auto-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm", "timm-compiled"]
+    for arch in NETWORKS:
+        yield _inference_case(
+            "S1-float32", f"{arch}-batch128", arch, 128, names, dtype="float32", ours="deploy-auto-graph"
+        )  # fmt: skip
+
+
+NEVER_SLOWER = (Goal(INFER, "speed-up", 1.0, over="timm"), Goal(INFER, "speed-up", 1.0, over="timm-compiled"))
+
+
+def _inference_case(
+    mark: str,
+    name: str,
+    arch: str,
+    batch: int,
+    providers: Sequence[str],
+    *,
+    size: int = 224,
+    dtype: str = "float16",
+    ours: str = "deploy-triton-graph",
+    goals: tuple[Goal, ...] = NEVER_SLOWER,
+) -> Case:
+    """A network on a GPU.
+
+    `deploy-triton` is deploy mode as it comes, whose attention is Triton's in half precision; `deploy` keeps to plain
+    PyTorch, and `deploy-encoder` has the kernel of the convolutional blocks too.
+    """
+    plain = partial(classifier, arch, "torch")
+    networks: dict[str, tuple[Build, Adopt]] = {
+        "deploy-triton": (partial(classifier, arch), folded),
+        "deploy-auto": (partial(classifier, arch), folded),
+        "deploy": (plain, folded),
+        "deploy-encoder": (partial(classifier, arch, "triton"), folded),
+        "eager": (plain, load_weights),
+        "timm": (partial(timm_classifier, arch), adopt_in_timm),
+    }
+    problem = ModelProblem(f"swiftformer-{arch}", plain, batch, size, dtype, autocast=False, series=f"{arch} {batch}")
+    return Case(
+        f"{mark}/{name}", mark, problem, variants(providers, networks), (INFER,), ours=ours, goals=goals, clock="wall"
+    )
 
 
 def training_cases() -> Iterator[Case]:
