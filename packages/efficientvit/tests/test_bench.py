@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Literal
 
 import pytest
 import torch
 
 from vitreous_core.bench.attention import FORWARD
 from vitreous_core.bench.case import Work
-from vitreous_core.bench.models import INFER
+from vitreous_core.bench.models import INFER, ModelProblem
 from vitreous_efficientvit import bench
-from vitreous_efficientvit.bench_layers import Layer
+from vitreous_efficientvit.bench_layers import Attention, Convolution, FeedForward, Merging, MergingDepthwise
 
 
 def test_cases() -> None:
@@ -39,23 +38,72 @@ def test_providers_agree(name: str) -> None:
     assert gate.passed, gate
 
 
-@pytest.mark.parametrize("kind", ["attention", "ffn"])
+@pytest.mark.parametrize("name", ["m1-batch1", "m0-384px"])
+def test_every_provider_of_a_variant_and_of_a_size_is_built_and_agrees(name: str) -> None:
+    pytest.importorskip("timm", reason="timm is not installed: nothing of it is compared")
+    (case,) = (case for case in bench.cases() if case.mark != "E1" and case.name.endswith(f"/{name}"))
+    problem = replace(case.problem, batch=2, dtype="float32")
+    for provider in case.providers:
+        prepared = provider.prepare(problem, torch.device("cpu"))
+        assert prepared.gate is not None
+        if not any(suffix in provider.name for suffix in ("graph", "compiled")):
+            assert prepared.gate([INFER]).passed, provider.name
+
+
+def test_all_variants_and_sizes_are_measured() -> None:
+    measured: dict[str, set[tuple[str, int, int]]] = {}
+    for case in bench.cases():
+        if isinstance(case.problem, ModelProblem):
+            problem = case.problem
+            measured.setdefault(case.mark, set()).add((problem.network.split("-")[-1], problem.size, problem.batch))
+            if case.device == "cuda" and not problem.autocast:
+                assert (problem.dtype == "float32") == (case.mark == "E1-float32")
+    assert measured["E1-variants"] == {(f"m{n}", 224, batch) for n in range(6) for batch in (1, 256)}
+    assert measured["E1-sizes"] == {(arch, size, 128) for arch in ("m0", "m4") for size in (384, 512)}
+    assert measured["E1-float32"] == {(arch, 224, 256) for arch in ("m0", "m4")}
+
+
+LAYERS = {
+    "attention-m0-stage3": Attention("m0", 2, batch=3, side=4, dtype="float32"),
+    "ffn-m0-stage3": FeedForward("m0", 2, batch=3, side=4, dtype="float32"),
+    "merging-m0-stage2": Merging("m0", 1, batch=3, side=5, dtype="float32"),
+    "depthwise-m0-stage2": MergingDepthwise("m0", 1, batch=3, side=5, dtype="float32"),
+    "convolution-m0-stem1": Convolution("m0", 0, batch=3, side=6, dtype="float32"),
+    "convolution-m0-stem4": Convolution("m0", 3, batch=3, side=6, dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("provider", ["folded", pytest.param("triton", marks=pytest.mark.interpret)])
-def test_layers_agree(kind: Literal["attention", "ffn"], provider: str) -> None:
-    case = next(case for case in bench.cases() if case.name == f"E1-layers/{kind}-m0-stage3/batch1")
+def test_layers_agree(name: str, provider: str) -> None:
+    case = next(case for case in bench.cases() if case.name == f"E1-layers/{name}/batch1")
+    assert replace(case.problem, batch=3, side=LAYERS[name].side, dtype="float32") == LAYERS[name]
     (one,) = (one for one in case.providers if one.name == provider)
-    prepared = one.prepare(Layer(kind, "m0", 2, batch=3, side=4, dtype="float32"), torch.device("cpu"))
+    prepared = one.prepare(LAYERS[name], torch.device("cpu"))
     assert prepared.gate is not None
     gate = prepared.gate([FORWARD])
+    assert set(gate.errors) == ({"out", "mean"} if name.startswith("depthwise") else {"out"})
     assert gate.passed, gate
 
 
 def test_work_of_layers() -> None:
     # One image of 4 x 4 cells and 192 channels in 2 bytes.
-    ffn, attention = (Layer(kind, "m0", 2, batch=1, side=4).work(FORWARD) for kind in ("ffn", "attention"))
+    ffn, attention = (kind("m0", 2, batch=1, side=4).work(FORWARD) for kind in (FeedForward, Attention))
     assert ffn == Work(2 * (2 * 16 * 192 + 4 * 192**2), 8 * 16 * 192**2)
     weights = 4 * 48 * (16 + 16 + 48) + 192**2
     assert attention == Work(2 * (2 * 16 * 192 + weights), 2 * (16 * weights + 4 * 16 * 16 * (16 + 48)))
+    # From 64 channels at 5 x 5 cells to 128 at 3 x 3, by way of 256.
+    merging, depthwise = (kind("m0", 1, batch=1, side=5).work(FORWARD) for kind in (Merging, MergingDepthwise))
+    maps, gate = 25 * 64 + 9 * 128, 2 * 64 * 256
+    assert merging == Work(
+        2 * (maps + 64 * 256 + 9 * 256 + gate + 256 * 128), 2 * (25 * 64 * 256 + gate + 9 * 256 * 128)
+    )  # fmt: skip
+    assert depthwise == Work(2 * 256 * (25 + 9 + 1 + 9), 0)
+    # An image of 6 x 6 pixels to 8 channels.
+    weights = 9 * 3 * 8
+    assert Convolution("m0", 0, batch=1, side=6).work(FORWARD) == Work(
+        2 * (36 * 3 + 9 * 8 + weights), 2 * 9 * weights
+    )  # fmt: skip
 
 
 def test_deployed_networks_agree() -> None:

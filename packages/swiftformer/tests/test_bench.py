@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from vitreous_core.bench.attention import BOTH, FORWARD
-from vitreous_core.bench.models import INFER
+from vitreous_core.bench.models import INFER, ModelProblem
 from vitreous_swiftformer import bench
 
 
@@ -33,6 +34,32 @@ def test_providers_agree(name: str) -> None:
     assert prepared.gate is not None
     gate = prepared.gate([INFER])
     assert gate.passed, gate
+
+
+@pytest.mark.parametrize("name", ["s-batch1", "xs-batch128"])
+def test_every_provider_of_a_variant_and_in_float32_is_built_and_agrees(name: str) -> None:
+    pytest.importorskip("timm", reason="timm is not installed: nothing of it is compared")
+    mark = "S1-variants" if name.endswith("batch1") else "S1-float32"
+    (case,) = (case for case in bench.cases() if case.name == f"{mark}/{name}")
+    problem = replace(case.problem, batch=2, dtype="float32")
+    for provider in case.providers:
+        prepared = provider.prepare(problem, torch.device("cpu"))
+        assert prepared.gate is not None
+        if not any(suffix in provider.name for suffix in ("graph", "compiled")):
+            assert prepared.gate([INFER]).passed, provider.name
+
+
+def test_all_variants_and_sizes_are_measured() -> None:
+    measured: dict[str, set[tuple[str, int, int]]] = {}
+    for case in bench.cases():
+        if isinstance(case.problem, ModelProblem):
+            problem = case.problem
+            measured.setdefault(case.mark, set()).add((problem.network.split("-")[-1], problem.size, problem.batch))
+            if case.device == "cuda" and not problem.autocast:
+                assert (problem.dtype == "float32") == (case.mark == "S1-float32")
+    assert measured["S1-variants"] == {(arch, 224, batch) for arch in ("xs", "s", "l1", "l3") for batch in (1, 128)}
+    assert measured["S1-sizes"] == {("l1", size, 128) for size in (384, 512)}
+    assert measured["S1-float32"] == {(arch, 224, 128) for arch in ("xs", "l1")}
 
 
 def test_attention_agrees_with_the_truth() -> None:
