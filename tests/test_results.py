@@ -82,3 +82,19 @@ def test_every_paper_has_claims_with_a_source() -> None:
             assert (
                 {"claim", "quoted", "source"} <= set(claim) <= {"claim", "quoted", "source", "ours", "verdict", "note"}
             )
+
+
+def test_published_speeds_stand_beside_cases_that_there_are() -> None:
+    from vitreous_core.bench.command import cases_of
+    from vitreous_core.bench.quoted import read_quotes
+
+    quotes = read_quotes(ROOT / "docs/results/quoted.yml")
+    assert quotes
+    providers = {
+        (suite, case.name): {provider.name for provider in case.providers}
+        for suite in {quote.suite for quote in quotes}
+        for case in cases_of(suite)
+    }
+    for quote in quotes:
+        assert (quote.suite, quote.case) in providers, quote
+        assert quote.provider is None or quote.provider in providers[quote.suite, quote.case], quote

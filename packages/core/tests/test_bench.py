@@ -19,6 +19,7 @@ import torch
 from vitreous_core.bench import attention, core_cases, first_calls, host_tables, measure, render
 from vitreous_core.bench.case import Case, Gate, Goal, Prepared, Provider, Unavailable, Work
 from vitreous_core.bench.command import cases_of, main, suites
+from vitreous_core.bench.quoted import quoted_rows, read_quotes
 from vitreous_core.bench.rows import append_row, environment, read_rows, row_file
 from vitreous_core.bench.runner import run, select
 from vitreous_core.errors import BackendUnsupported, UserError
@@ -469,3 +470,31 @@ def test_pages_and_figures_are_rendered_and_checked(tmp_path: Path, capsys: pyte
     assert all(f"../figures/{name}" in page for name in drawn)
     assert "2 of 2" in (tmp_path / "speed.md").read_text()
     assert "is not what the rows give" in capsys.readouterr().out
+
+
+def test_what_others_published_stands_beside_our_newest_row(tmp_path: Path) -> None:
+    path = tmp_path / "quoted.yml"
+    assert read_quotes(path) == []
+    first, second, third = (
+        {"source": "S", "hardware": "V100", "setting": "batch 9", "suite": "core", "case": "T/{}", "unit": unit,
+         "figures": figures}
+        for unit, figures in (("images/s", {"8": 27644}), ("ms", {"8": "2 to 3"}), ("ms", {"9": 0.5}))
+    )  # fmt: skip
+    path.write_text(json.dumps([first, second | {"provider": "flex"}, third]))
+    facts = {"mode": "infer", "facts": {"side": 8, "batch": 4}}
+    rows = [
+        row("T/8", "triton", 8.0, when="t1", **facts), row("T/8", "triton", 0.03, when="t2", **facts),
+        row("T/8", "triton", 1.0, when="t3", **facts | {"mode": "train"}),
+        row("T/8", "triton", 0.0, when="t4", state="wrong", **facts), row("T/8", "flex", 7.0, **facts),
+    ]  # fmt: skip
+    assert quoted_rows(read_quotes(path), rows) == [
+        ["core 8", "*27,644 images/s*", "V100", "batch 9", "S", "133,000 images/s", "GPU One", "T/8, triton"],
+        ["core 8", "*2 to 3 ms*", "V100", "batch 9", "S", "1.75 ms", "GPU One", "T/8, flex"],
+        ["core 9", "*0.5 ms*", "V100", "batch 9", "S", "–", "–", "T/9"],
+    ]
+    append_row(tmp_path / "bench" / "gpu-one" / "r.jsonl", rows[1])
+    assert render.main([str(tmp_path)]) == 0
+    assert "133,000 images/s" in (tmp_path / "speed.md").read_text()
+    path.write_text(json.dumps([first | {"unit": "fps"}]))
+    with pytest.raises(ValueError, match="must be images/s or ms; got 'fps'"):
+        read_quotes(path)

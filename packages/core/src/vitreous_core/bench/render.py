@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .quoted import QUOTED_HEADER, Quote, quoted_rows, read_quotes
 from .rows import Row, read_rows, row_file
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.results / "bench"
     sheets = [replace(sheet, notes=read_notes(folder, sheet.rows)) for sheet in newest_sheets(read_rows(folder))]
     pages = {options.results / "tables" / f"{sheet.name}.md": page(sheet) for sheet in sheets}
-    pages[options.results / "speed.md"] = index_page(sheets)
+    pages[options.results / "speed.md"] = index_page(sheets, read_quotes(options.results / "quoted.yml"))
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if options.check:
         for path in stale:
@@ -207,8 +208,8 @@ def mean_verdicts(rows: Sequence[Row]) -> list[str]:
 # Pages.
 
 
-def index_page(sheets: Sequence[Sheet]) -> str:
-    """speed.md: what was measured where, and how many goals were met."""
+def index_page(sheets: Sequence[Sheet], quotes: Sequence[Quote] = ()) -> str:
+    """speed.md: what was measured where, how many goals were met, and what others published beside ours."""
     parts = [
         MADE_BY,
         "# Speed\n",
@@ -231,7 +232,17 @@ def index_page(sheets: Sequence[Sheet]) -> str:
             rows.append(
                 [f"[{sheet.suite}, {mark}](tables/{sheet.name}.md#{mark.lower()})", sheet.device, str(cases), goals]
             )
-    return "\n".join([*parts, markdown_table(["marks", "device", "cases", "goals met"], rows)])
+    parts.append(markdown_table(["marks", "device", "cases", "goals met"], rows))
+    if quotes:
+        lines = quoted_rows(quotes, (row for sheet in sheets for row in sheet.rows))
+        parts += [
+            "## Published by others\n",
+            "*Quoted* figures stand beside our newest row of the same network. Machines, batches and clocks differ, so "
+            "they are no comparison. Times are of one image; ours on a CPU are for one core, the processor time of all "
+            "threads.\n",
+            markdown_table(QUOTED_HEADER, lines),
+        ]
+    return "\n".join(parts)
 
 
 def page(sheet: Sheet) -> str:
