@@ -258,9 +258,14 @@ def page(sheet: Sheet) -> str:
             *[f"{sentence}\n" for sentence in mean_verdicts(rows)],
         ]
         parts += _reasons(rows)
-        prefix = f"{sheet.name}-{mark.lower()}-"
-        parts += [f"![{name}](../figures/{name}.png)\n" for name in drawn if name.startswith(prefix)]
+        parts += [f"![{name}](../figures/{name}.png)\n" for name in drawn if _mark_of(name, sheet) == mark]
     return "\n".join(parts)
+
+
+def _mark_of(figure: str, sheet: Sheet) -> str | None:
+    """Whose figure it is: E1-layers has figures too that begin with E1."""
+    named = [mark for mark in sheet.marks() if figure.startswith(f"{sheet.name}-{mark.lower()}-")]
+    return max(named, key=len, default=None)
 
 
 def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
