@@ -30,9 +30,10 @@ from vitreous_core.recompute import recompute
 
 from .ablations import KeyValueAdditiveAttention, SelfAttention
 from .attention import EfficientAdditiveAttention, FoldedAdditiveAttention
-from .ops import Backend, conv_encoder
-from .ops.backends import encoder_backend
-from .pointwise import PointwiseConv2d
+from .halving import HalvingConv2d
+from .ops import Backend, conv_encoder, pointwise_mlp
+from .ops.backends import mlp_backend, resolve_mlp
+from .pointwise import PointwiseConv2d, is_half_channels_last
 
 Attention = Literal["additive", "additive_kv", "self"]
 
@@ -106,6 +107,7 @@ class SwiftFormer(nn.Module):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
+        self.backend = backend
         self.deploy = False
 
         self.patch_embed = _stem(in_channels, self.channels[0])
@@ -114,7 +116,7 @@ class SwiftFormer(nn.Module):
         self.network = nn.ModuleList()
         for stage, (channels, depth) in enumerate(zip(self.channels, self.depths, strict=True)):
             if stage > 0:
-                self.network.append(Downsample(self.channels[stage - 1], channels))
+                self.network.append(Downsample(self.channels[stage - 1], channels, backend))
             drop_paths = list(islice(rates, depth))
             self.network.append(_stage(channels, arch.get("mlp_ratio", 4), drop_paths, backend, attention))
         for stage in self.out_indices:
@@ -189,7 +191,7 @@ class SwiftFormer(nn.Module):
         if self.deploy:
             return
         check_evaluating(self)
-        _fold_pairs(self.patch_embed)
+        _fold_stem(self.patch_embed, self.backend)
         for module in list(self.network.modules()):
             if isinstance(module, ConvEncoder | SwiftFormerEncoder | Mlp | Downsample):
                 module.fold()
@@ -333,7 +335,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, channels: int, hidden: int, drop_path: float = 0.0, backend: Backend = "auto") -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.backend = encoder_backend(backend, channels)
+        self.backend = mlp_backend(backend, channels)
         self.layer_scale: nn.Parameter | None = nn.Parameter(torch.ones(channels, 1, 1))
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
         self.norm: nn.Module = nn.BatchNorm2d(channels)
@@ -342,18 +344,10 @@ class ConvEncoder(nn.Module):
         self.pwconv2 = nn.Conv2d(hidden, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend == "triton" and self.layer_scale is None:  # folded
-            return self._fused(x)
+        if self.layer_scale is None and _is_fused(self.backend, x, self.pwconv1, self.pwconv2):
+            return conv_encoder(x, self.dwconv.weight, *_parameters(self.pwconv1, self.pwconv2), backend="triton")
         branch = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         return _add_branch(self, x, branch, self.layer_scale)
-
-    def _fused(self, x: Tensor) -> Tensor:
-        first, second = self.pwconv1, self.pwconv2
-        assert first.bias is not None
-        assert second.bias is not None
-        return conv_encoder(
-            x, self.dwconv.weight, first.weight, first.bias, second.weight, second.bias, backend="triton"
-        )  # fmt: skip
 
     def fold(self) -> None:
         """Norm into the convolutions around it, layer scale into `pwconv2`."""
@@ -383,11 +377,13 @@ class SwiftFormerEncoder(nn.Module):
         self.layer_scale_2: nn.Parameter | None = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
         self.local_representation = ConvEncoder(channels, channels, drop_path, backend)
         self.attn = _attention(attention, channels, backend)
-        self.linear = Mlp(channels, hidden)
+        self.linear = Mlp(channels, hidden, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.local_representation(x)
         x = _add_branch(self, x, self._mix(x), self.layer_scale_1)
+        if self.layer_scale_2 is None and _is_fused(self.linear.backend, x, self.linear.fc1, self.linear.fc2):
+            return pointwise_mlp(x, x, *_parameters(self.linear.fc1, self.linear.fc2), backend="triton")
         return _add_branch(self, x, self.linear(x), self.layer_scale_2)
 
     def _mix(self, x: Tensor) -> Tensor:
@@ -407,8 +403,9 @@ class SwiftFormerEncoder(nn.Module):
 class Mlp(nn.Module):
     """Batch norm and two 1x1 convolutions with a GELU between."""
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, backend: Backend = "auto") -> None:
         super().__init__()
+        self.backend = mlp_backend(backend, channels)
         self.norm1: nn.Module = nn.BatchNorm2d(channels)
         self.fc1 = nn.Conv2d(channels, hidden, kernel_size=1)
         self.act = nn.GELU()
@@ -425,8 +422,9 @@ class Mlp(nn.Module):
 class Downsample(nn.Module):
     """3x3 convolution of stride 2 and batch norm, between two stages."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, backend: Backend = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.proj = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
         self.norm: nn.Module = nn.BatchNorm2d(out_channels)
 
@@ -435,7 +433,8 @@ class Downsample(nn.Module):
 
     def fold(self) -> None:
         """Norm into the convolution before it."""
-        self.proj, self.norm = fold_conv_norm(self.proj, self.norm), nn.Identity()
+        folded = fold_conv_norm(self.proj, self.norm)
+        self.proj, self.norm = HalvingConv2d.from_conv(folded, relu=False, backend=self.backend), nn.Identity()
 
 
 def _stem(in_channels: int, channels: int) -> nn.Sequential:
@@ -487,10 +486,28 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _fold_pairs(layers: nn.Sequential) -> None:
-    for index, norm in enumerate(layers):
-        if isinstance(norm, _BatchNorm):
-            layers[index - 1], layers[index] = fold_conv_norm(layers[index - 1], norm), nn.Identity()
+def _fold_stem(layers: nn.Sequential, backend: Backend) -> None:
+    """Each convolution, norm and ReLU to one layer; the numbers of layers stay."""
+    for first in range(0, len(layers), 3):
+        folded = fold_conv_norm(layers[first], layers[first + 1])
+        layers[first] = HalvingConv2d.from_conv(folded, relu=True, backend=backend)
+        layers[first + 1], layers[first + 2] = nn.Identity(), nn.Identity()
+
+
+def _is_fused(backend: Backend, x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> bool:
+    """Whether two folded 1x1 convolutions and the GELU between them run as one kernel on this map."""
+    if backend == "torch" or (backend == "auto" and not is_half_channels_last(x)):
+        return False
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    dtypes = (x.dtype, *(parameter.dtype for parameter in _parameters(first, second)))
+    chosen = resolve_mlp(backend, x.device, dtypes, first.in_channels, first.out_channels, needs_grad)
+    return chosen == "triton"
+
+
+def _parameters(first: nn.Conv2d, second: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert first.bias is not None
+    assert second.bias is not None
+    return first.weight, first.bias, second.weight, second.bias
 
 
 def _rename_last_norm(module: SwiftFormer, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -35,7 +35,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, height, width]` to `[B, out_channels, height, width]`."""
-        if not _is_channels_last(x):
+        if not is_half_channels_last(x):
             return super().forward(x)
         batch, channels, height, width = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -43,8 +43,8 @@ class PointwiseConv2d(nn.Conv2d):
         return product.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Not of one position or channel, whose layout says nothing."""
+def is_half_channels_last(x: Tensor) -> bool:
+    """Whether a map or weight is channels-last in half precision; not of one position or channel, which says nothing."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

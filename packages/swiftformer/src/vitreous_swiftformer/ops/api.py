@@ -8,7 +8,7 @@ from torch import Tensor
 from vitreous_core.autocast import to_autocast
 
 from . import contracts, reference
-from .backends import Backend, resolve, resolve_encoder
+from .backends import Backend, resolve, resolve_halving, resolve_mlp
 
 
 def additive_attention(
@@ -102,36 +102,111 @@ def conv_encoder(
     Args:
         x: `[B, C, height, width]`, any strides; channels-last is fast.
         taps: `[C, 1, 3, 3]`, a depthwise convolution that keeps the size, without bias.
-        weight1, bias1: `[hidden, C, 1, 1]` and `[hidden]`.
-        weight2, bias2: `[C, hidden, 1, 1]` and `[C]`.
-        backend: `"torch"`, `"triton"` or `"auto"` (which is `"torch"`: see `backends.resolve_encoder`).
+        weight1, bias1, weight2, bias2, backend: as in `pointwise_mlp`.
 
     Returns:
-        `[B, C, height, width]`, dtype of x. Strides in the order of those of x with `"triton"`.
+        `[B, C, height, width]`, dtype of x; channels-last with `"triton"`.
+
+    Raises:
+        TypeError, ValueError, BackendUnsupported: as `pointwise_mlp` does.
+
+    Numerics: as `pointwise_mlp`; `"triton"` rounds the depthwise result once, as an operand.
+    """
+    cast, (cast_taps, *parameters), chosen = _checked_mlp(
+        x, {"taps": taps, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}, backend
+    )  # fmt: skip
+    if chosen == "triton":
+        return contracts.conv_encoder(cast, cast_taps, *parameters)
+    return reference.conv_encoder(x, taps, weight1, bias1, weight2, bias2)
+
+
+def pointwise_mlp(
+    x: Tensor, residual: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, backend: Backend
+) -> Tensor:  # fmt: skip
+    """Two 1x1 convolutions with a GELU between and a residual, for inference: `residual + conv(gelu(conv(x)))`.
+
+    Args:
+        x: `[B, C, height, width]`, any strides; channels-last is fast.
+        residual: the same shape; may be x.
+        weight1, bias1: `[hidden, C, 1, 1]` and `[hidden]`.
+        weight2, bias2: `[C, hidden, 1, 1]` and `[C]`.
+        backend: `"torch"`, `"triton"` or `"auto"` (see `choose_mlp_backend`).
+
+    Returns:
+        `[B, C, height, width]`, dtype of x; channels-last with `"triton"`.
 
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for wrong shapes or mixed devices.
         BackendUnsupported: when the named backend cannot run this.
 
-    Numerics: `"triton"` takes half precision, sums in fp32 and rounds the depthwise result and the activations once,
-        as operands. Under autocast all are first cast to its dtype by `"triton"`, by each step of `"torch"`.
+    Numerics: `"triton"` takes half precision, sums in fp32 and rounds the activations once, as operands; its GELU is
+        within 2e-6 of the exact one, and NaN of infinities. Under autocast all are first cast to its dtype by
+        `"triton"`, by each step of `"torch"`.
     """
-    parameters = {"taps": taps, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
-    cast = [_autocast(name, tensor) for name, tensor in {"x": x, **parameters}.items()]
-    if x.ndim != 4:
-        raise ValueError(f"x must be [B, C, height, width]; got shape {tuple(x.shape)}")
-    channels, hidden = x.shape[1], weight1.shape[0]
-    shapes = ((channels, 1, 3, 3), (hidden, channels, 1, 1), (hidden,), (channels, hidden, 1, 1), (channels,))
-    for (name, tensor), shape in zip(parameters.items(), shapes, strict=True):
+    cast, (cast_residual, *parameters), chosen = _checked_mlp(
+        x, {"residual": residual, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}, backend
+    )  # fmt: skip
+    if chosen == "triton":
+        return contracts.pointwise_mlp(cast, cast_residual, *parameters)
+    return reference.pointwise_mlp(x, residual, weight1, bias1, weight2, bias2)
+
+
+def halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool, backend: Backend) -> Tensor:
+    """A 3x3 convolution of stride 2 and padding 1, for inference, with ReLU if asked for: `r` to `(r + 1) // 2`.
+
+    Args:
+        x: `[B, C, height, width]`, any strides; channels-last is fast.
+        weight: `[O, C, 3, 3]`, channels-last is fast.
+        bias: `[O]`.
+        relu: whether to take the ReLU of the sum.
+        backend: `"torch"`, `"triton"` or `"auto"` (see `choose_halving_backend`).
+
+    Returns:
+        `[B, O, (height + 1) // 2, (width + 1) // 2]`, dtype of x; channels-last with `"triton"`.
+
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: for wrong shapes or mixed devices.
+        BackendUnsupported: when the named backend cannot run this.
+
+    Numerics: `"triton"` takes half precision, sums in fp32 and rounds once. Autocast as in `pointwise_mlp`.
+    """
+    cast = [_autocast(name, tensor) for name, tensor in (("x", x), ("weight", weight), ("bias", bias))]
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must be [B, C, height, width], none but B zero; got shape {tuple(x.shape)}")
+    channels, outputs = x.shape[1], weight.shape[0]
+    for name, tensor, shape in (("weight", weight, (outputs, channels, 3, 3)), ("bias", bias, (outputs,))):
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
         _check_device(name, tensor, "x", x)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in cast)
-    chosen = resolve_encoder(backend, x.device, tuple(tensor.dtype for tensor in cast), channels, needs_grad)
+    dtypes = tuple(tensor.dtype for tensor in cast)
+    chosen = resolve_halving(backend, x.device, dtypes, channels, outputs, _needs_grad(cast))
     if chosen == "triton":
-        return contracts.conv_encoder(*cast)
-    return reference.conv_encoder(x, taps, weight1, bias1, weight2, bias2)
+        return contracts.halving_convolution(*cast, relu)
+    return reference.halving_convolution(x, weight, bias, relu)
+
+
+def _checked_mlp(x: Tensor, others: dict[str, Tensor], backend: Backend) -> tuple[Tensor, list[Tensor], Backend]:
+    """All checked, cast to the autocast dtype, and the backend that runs."""
+    cast = [_autocast(name, tensor) for name, tensor in {"x": x, **others}.items()]
+    if x.ndim != 4:
+        raise ValueError(f"x must be [B, C, height, width]; got shape {tuple(x.shape)}")
+    channels, hidden = x.shape[1], others["weight1"].shape[0]
+    shapes = {
+        "taps": (channels, 1, 3, 3), "residual": tuple(x.shape), "weight1": (hidden, channels, 1, 1),
+        "bias1": (hidden,), "weight2": (channels, hidden, 1, 1), "bias2": (channels,),
+    }  # fmt: skip
+    for name, tensor in others.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{name} must have shape {shapes[name]}; got {tuple(tensor.shape)}")
+        _check_device(name, tensor, "x", x)
+    dtypes = tuple(tensor.dtype for tensor in cast)
+    return cast[0], cast[1:], resolve_mlp(backend, x.device, dtypes, channels, hidden, _needs_grad(cast))
+
+
+def _needs_grad(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _autocast(name: str, tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from vitreous_core.errors import BackendUnsupported
 
 from . import triton
-from .triton.configs import takes_encoder
+from .triton.configs import MOST_MLP_CHANNELS, takes_mlp
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -65,33 +65,70 @@ def resolve(
     return chosen
 
 
-def encoder_backend(backend: Backend, channels: int) -> Backend:
-    """What the convolutional blocks of a network run in deploy mode.
+def choose_mlp_backend(device: torch.device | str, dtype: torch.dtype, channels: int, hidden: int) -> Backend:
+    """What `backend="auto"` runs of two 1x1 convolutions with a GELU between, for inference.
 
-    That of the network, but `"torch"` where there is no kernel (`triton.configs.takes_encoder`): in the last stage of
-    XS (220 channels) and L1 (384) and in the last two of L3 (320, 512).
+    Args:
+        device: e.g. `"cuda"`.
+        dtype: of maps and weights.
+        channels, hidden: of the block.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or triton.mlp_unsupported_reasons(device, (dtype,), channels, needs_grad=False):
+        return "torch"
+    return "triton" if channels < MOST_MLP_CHANNELS else "torch"
+
+
+def choose_halving_backend(device: torch.device | str, dtype: torch.dtype, channels: int, outputs: int) -> Backend:
+    """What `backend="auto"` runs of a 3x3 convolution of stride 2, for inference.
+
+    Args:
+        device: e.g. `"cuda"`.
+        dtype: of map and weight.
+        channels, outputs: of the map and the result.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or triton.halving_unsupported_reasons(device, (dtype,), needs_grad=False):
+        return "torch"
+    return "triton" if outputs <= 64 else "torch"
+
+
+def mlp_backend(backend: Backend, channels: int) -> Backend:
+    """What the blocks of a network run in deploy mode: its backend, but `"torch"` where no kernel has their width.
 
     Args:
         backend: of the network.
         channels: of the block.
     """
-    return backend if takes_encoder(channels) else "torch"
+    return backend if takes_mlp(channels) else "torch"
 
 
-def resolve_encoder(
-    backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...], channels: int, needs_grad: bool
-) -> Backend:
-    """As `resolve`, of the convolutional block, where `"auto"` is `"torch"`.
-
-    Its kernel runs by name only: it wins nothing over convolutions under `torch.compile` (`vitreous bench swiftformer
-    --case 'S1/*'`, provider `deploy-encoder-graph`).
+def resolve_mlp(
+    backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...], channels: int, hidden: int,
+    needs_grad: bool,
+) -> Backend:  # fmt: skip
+    """As `resolve`, of two 1x1 convolutions with a GELU between. `"auto"` is `"torch"` where gradients are needed.
 
     Raises:
         ValueError, BackendUnsupported: as `resolve` does.
     """
+    reasons = triton.mlp_unsupported_reasons(device, dtypes, channels, needs_grad)
+    return _resolve_inference(backend, choose_mlp_backend(device, dtypes[0], channels, hidden), reasons)
+
+
+def resolve_halving(
+    backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...], channels: int, outputs: int,
+    needs_grad: bool,
+) -> Backend:  # fmt: skip
+    """As `resolve_mlp`, of a 3x3 convolution of stride 2."""
+    reasons = triton.halving_unsupported_reasons(device, dtypes, needs_grad)
+    return _resolve_inference(backend, choose_halving_backend(device, dtypes[0], channels, outputs), reasons)
+
+
+def _resolve_inference(backend: Backend, choice: Backend, reasons: list[str]) -> Backend:
     check_backend(backend)
     if backend == "auto":
-        return "torch"
-    if backend == "triton" and (reasons := triton.encoder_unsupported_reasons(device, dtypes, channels, needs_grad)):
+        return "torch" if reasons else choice
+    if backend == "triton" and reasons:
         raise BackendUnsupported(backend, reasons)
     return backend

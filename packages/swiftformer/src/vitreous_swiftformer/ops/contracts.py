@@ -31,10 +31,20 @@ _library.define(
     "conv_encoder(Tensor x, Tensor taps, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_library.define(
+    "pointwise_mlp(Tensor x, Tensor residual, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "halving_convolution(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 _additive_attention = torch.ops.vitreous_swiftformer.additive_attention.default
 _additive_attention_backward = torch.ops.vitreous_swiftformer.additive_attention_backward.default
 _additive_attention_packed = torch.ops.vitreous_swiftformer.additive_attention_packed.default
 _conv_encoder = torch.ops.vitreous_swiftformer.conv_encoder.default
+_pointwise_mlp = torch.ops.vitreous_swiftformer.pointwise_mlp.default
+_halving_convolution = torch.ops.vitreous_swiftformer.halving_convolution.default
 
 
 def additive_attention(query: Tensor, key: Tensor, w_g: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -137,12 +147,58 @@ def conv_encoder(
 def _encoder(
     x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:  # fmt: skip
-    """The block's result, strides ordered as those of x."""
-    from .triton.encoder import launch_encoder
+    """The block's result, channels-last."""
+    from .triton.mlp import launch_encoder
 
     return launch_encoder(x, taps, weight1, bias1, weight2, bias2)
 
 
 @torch.library.register_fake("vitreous_swiftformer::conv_encoder", lib=_library)
 def _(x: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return _channels_last(x, *x.shape[1:])
+
+
+def pointwise_mlp(
+    x: Tensor, residual: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:  # fmt: skip
+    """Call the operator, which has no derivative; arguments as in `api.pointwise_mlp`."""
+    out: Tensor = _pointwise_mlp(x, residual, weight1, bias1, weight2, bias2)
+    return out
+
+
+@torch.library.impl(_library, "pointwise_mlp", "CompositeExplicitAutograd")
+def _mlp(
+    x: Tensor, residual: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:  # fmt: skip
+    """The sum, channels-last."""
+    from .triton.mlp import launch_mlp
+
+    return launch_mlp(x, residual, weight1, bias1, weight2, bias2)
+
+
+@torch.library.register_fake("vitreous_swiftformer::pointwise_mlp", lib=_library)
+def _(x: Tensor, *_: Tensor) -> Tensor:
+    return _channels_last(x, *x.shape[1:])
+
+
+def halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """Call the operator, which has no derivative; arguments as in `api.halving_convolution`."""
+    out: Tensor = _halving_convolution(x, weight, bias, relu)
+    return out
+
+
+@torch.library.impl(_library, "halving_convolution", "CompositeExplicitAutograd")
+def _halving(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """The map of half the height and width, channels-last."""
+    from .triton.halving import launch_halving
+
+    return launch_halving(x, weight, bias, relu)
+
+
+@torch.library.register_fake("vitreous_swiftformer::halving_convolution", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return _channels_last(x, weight.shape[0], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+
+
+def _channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return x.new_empty(x.shape[0], height, width, channels).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The truth: additive attention between its linear maps, and the convolutional block, in plain PyTorch."""
+"""The truth, in plain PyTorch: additive attention between its linear maps; blocks and convolutions in deploy mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,20 @@ def conv_encoder(
 ) -> Tensor:  # fmt: skip
     """Arguments as in `api.conv_encoder`."""
     local = F.conv2d(x, taps, padding=1, groups=x.shape[1])
-    return x + F.conv2d(F.gelu(F.conv2d(local, weight1, bias1)), weight2, bias2)
+    return pointwise_mlp(local, x, weight1, bias1, weight2, bias2)
+
+
+def pointwise_mlp(
+    x: Tensor, residual: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:  # fmt: skip
+    """Arguments as in `api.pointwise_mlp`."""
+    return residual + F.conv2d(F.gelu(F.conv2d(x, weight1, bias1)), weight2, bias2)
+
+
+def halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """Arguments as in `api.halving_convolution`."""
+    out = F.conv2d(x, weight, bias, stride=2, padding=1)
+    return out.relu() if relu else out
 
 
 def unit_length(x: Tensor, dim: int) -> Tensor:

@@ -57,38 +57,81 @@ def _ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-_MOST_ENCODER_CHANNELS = 256
-"""More would leave the result of 64 positions no place in registers."""
-
-_ENCODER_CHANNEL_STEP = 8
-"""Rows of other widths are read in shorter vectors, whose addresses spill."""
-
-
-class EncoderPlan(NamedTuple):
-    """How the convolutional block is launched.
+class MlpPlan(NamedTuple):
+    """How two 1x1 convolutions with a GELU between are launched.
 
     Args:
-        block_p: positions of a program.
-        block_c: power of two that holds the channels.
+        block_p: positions of a tile.
+        first, second: powers of two that hold the channels between them; the second can be 0.
         block_h: hidden channels at a time.
-        stages: chunks of weights on their way.
+        programs: per multiprocessor, that keep all weights on chip; 0 for one program per tile, which reads them.
+        stages: chunks of weights on their way, where they are read; else tiles of the map.
         warps: of a program.
     """
 
     block_p: int
-    block_c: int
+    first: int
+    second: int
     block_h: int
+    programs: int
     stages: int
     warps: int
 
 
-def takes_encoder(channels: int) -> bool:
-    """Whether the convolutional block has a kernel at this width: multiples of 8 up to 256."""
-    return 0 < channels <= _MOST_ENCODER_CHANNELS and channels % _ENCODER_CHANNEL_STEP == 0
+MOST_MLP_CHANNELS = 384
+"""More would leave the result of 64 positions no place in registers."""
+
+_MLP_CHANNEL_STEP = 4
+"""Rows of other widths are read in shorter vectors, whose addresses spill."""
 
 
-def plan_encoder(channels: int) -> EncoderPlan:
-    """For channels that `takes_encoder`."""
-    # Matrix tiles are at least 16 wide. Wider chunks of hidden channels spill.
-    block_c = max(power_of_two(channels), 16)
-    return EncoderPlan(block_p=64, block_c=block_c, block_h=32, stages=2, warps=4 if block_c <= 128 else 8)
+def takes_mlp(channels: int) -> bool:
+    """Whether the kernel of two 1x1 convolutions has this width: multiples of 4 up to 384."""
+    return 0 < channels <= MOST_MLP_CHANNELS and channels % _MLP_CHANNEL_STEP == 0
+
+
+def plan_mlp(channels: int, hidden: int, depthwise: bool) -> MlpPlan:
+    """For channels that `takes_mlp`."""
+    first, second = split(channels)
+    if channels <= 64 and hidden <= 256:
+        return MlpPlan(64, first, second, 64 if hidden % 64 == 0 else 32, 3, 1, 4)
+    return MlpPlan(64, first, second, 64 if channels <= 128 else 32, 0, 2, 4 if channels < 200 else 8)
+
+
+def split(channels: int) -> tuple[int, int]:
+    """Two powers of two that hold the channels between them with the least room to spare, the second perhaps 0.
+
+    From 32 up, since narrower products waste more of the matrix units.
+    """
+    whole = max(power_of_two(channels), 16)
+    half, rest = whole // 2, max(power_of_two(max(channels - whole // 2, 1)), 32)
+    return (half, rest) if half + rest < whole else (whole, 0)
+
+
+class HalvingPlan(NamedTuple):
+    """How a 3x3 convolution of stride 2 is launched.
+
+    Args:
+        block_p: output cells of a tile.
+        block_k: neighbours times channels at a time.
+        block_o: output channels of a tile.
+        stages: products whose factors are on their way.
+        warps: of a program.
+    """
+
+    block_p: int
+    block_k: int
+    block_o: int
+    stages: int
+    warps: int
+
+
+_WIDEST_HALVING = 128
+"""Output channels of a tile, whose sums are in registers."""
+
+
+def plan_halving(channels: int, outputs: int) -> HalvingPlan:
+    """For any number of channels."""
+    block_o = min(max(power_of_two(outputs), 16), _WIDEST_HALVING)
+    block_k = 32 if channels <= 3 else 64
+    return HalvingPlan(128 if block_o <= 64 else 64, block_k, block_o, 3, 4)
