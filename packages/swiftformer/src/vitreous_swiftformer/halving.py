@@ -12,7 +12,7 @@ from .pointwise import is_half_channels_last
 
 
 class HalvingConv2d(nn.Conv2d):
-    """A biased 3x3 convolution of stride 2 and the ReLU after it, in one kernel where `ops.choose_halving_backend` says.
+    """A biased 3x3 convolution of stride 2 and its ReLU, in one kernel where `ops.choose_halving_backend` says so.
 
     The kernel is for channels-last networks in half precision. Others, and so what is exported, convolve.
 

@@ -489,7 +489,10 @@ def _init_weights(module: nn.Module) -> None:
 def _fold_stem(layers: nn.Sequential, backend: Backend) -> None:
     """Each convolution, norm and ReLU to one layer; the numbers of layers stay."""
     for first in range(0, len(layers), 3):
-        folded = fold_conv_norm(layers[first], layers[first + 1])
+        conv, norm = layers[first], layers[first + 1]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, _BatchNorm)
+        folded = fold_conv_norm(conv, norm)
         layers[first] = HalvingConv2d.from_conv(folded, relu=True, backend=backend)
         layers[first + 1], layers[first + 2] = nn.Identity(), nn.Identity()
 

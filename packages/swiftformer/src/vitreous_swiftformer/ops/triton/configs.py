@@ -90,7 +90,7 @@ def takes_mlp(channels: int) -> bool:
     return 0 < channels <= MOST_MLP_CHANNELS and channels % _MLP_CHANNEL_STEP == 0
 
 
-def plan_mlp(channels: int, hidden: int, depthwise: bool) -> MlpPlan:
+def plan_mlp(channels: int, hidden: int) -> MlpPlan:
     """For channels that `takes_mlp`."""
     first, second = split(channels)
     if channels <= 64 and hidden <= 256:

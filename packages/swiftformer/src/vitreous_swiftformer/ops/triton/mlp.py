@@ -200,7 +200,7 @@ def _launch(x: Tensor, residual: Tensor, taps: Tensor | None, *parameters: Tenso
         return out
     weight1, bias1, weight2, bias2 = (tensor.contiguous() for tensor in parameters)
     hidden = bias1.shape[0]
-    plan = plan_mlp(channels, hidden, taps is not None)
+    plan = plan_mlp(channels, hidden)
     positions = batch * height * width
     tiles = triton.cdiv(positions, plan.block_p)
     programs = min(plan.programs * multiprocessors(x), tiles) if plan.programs else tiles
