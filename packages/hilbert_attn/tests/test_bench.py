@@ -135,9 +135,10 @@ def test_neighbourhoods_by_flex_attention_are_those_of_the_module(side: int, mon
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_nat_by_flex_attention_is_nat(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("relative_bias", [True, False])
+def test_nat_by_flex_attention_is_nat(monkeypatch: pytest.MonkeyPatch, relative_bias: bool) -> None:
     monkeypatch.setattr(bench, "compiled_flex", lambda: flex_attention)
-    name, backbone = "nat2d-mini_8xb128_in1k", {"order": "row_major", "relative_bias": False}
+    name, backbone = "nat2d-mini_8xb128_in1k", {"order": "row_major", "relative_bias": relative_bias}
     # Not by monkeypatch, which ends with deleting what PyTorch's configuration only computes.
     with torch._dynamo.config.patch(recompile_limit=8):
         by_flex = bench._nat_by_flex(name, backbone).eval()

@@ -53,46 +53,63 @@ MODES = (FORWARD, BOTH)
 def cases() -> Sequence[Case]:
     """All of them."""
     return [
-        *network_cases(compiled=False), *window_cases(), *neighborhood_cases(), *slide_cases(), *part_cases(),
-        *network_cases(compiled=True), *side_cases(), *batch_cases(),
+        *network_cases("eager"), *window_cases(), *neighborhood_cases(), *slide_cases(), *part_cases(),
+        *network_cases("compiled"), *network_cases("graphs"), *side_cases(), *batch_cases(),
     ]  # fmt: skip
 
 
 # Whole networks.
 
 
-def network_cases(*, compiled: bool) -> Iterator[Case]:
+def network_cases(how: str) -> Iterator[Case]:
     """H7: a training step of HWT beside Swin's, and of HNT beside NAT's; inference too.
 
-    NAT is what HNT is with square neighbourhoods. FlexAttention computes it without the bias, whose gradient would take
-    it several times as long; HNT keeps its own. Compiled, only the training step is timed: compiling takes long.
+    NAT is what HNT is with square neighbourhoods: `na2d-flex-bias` is that network through FlexAttention. The gradient
+    of the bias costs it several times the rest, so that `na2d-flex` does without one, as `triton-no-bias` does.
+
+    Args:
+        how: `"eager"`, `"compiled"`, or `"graphs"`: compiled, and replayed as CUDA graphs, which a host that takes long
+            over a launch does not slow down. Only eager is inference timed too: compiling takes long.
     """
-    modes = (TRAIN,) if compiled else (TRAIN, INFER)
-    what = "compiled" if compiled else "eager"
+    modes = (TRAIN, INFER) if how == "eager" else (TRAIN,)
+    run = {"compiled": how != "eager", "compile_mode": "reduce-overhead" if how == "graphs" else None}
     hwt, hnt, nat = "hwt-tiny_8xb128_in1k", "hnt-mini_8xb128_in1k", "nat2d-mini_8xb128_in1k"
 
     problem = ModelProblem("hwt-tiny", _network(hwt, backend="torch"), series="HWT-tiny")
-    own = [model_provider("triton", _network(hwt, backend="triton"), compiled=compiled)]
-    others = [_other("swin", "swin-tiny_16xb64_in1k", compiled)]
-    if not compiled:
-        others.append(_other("flash-swin", "flash-swin-tiny_16xb64_in1k", compiled))
+    providers = [
+        model_provider("triton", _network(hwt, backend="triton"), **run),
+        _other("swin", "swin-tiny_16xb64_in1k", run),
+    ]
+    if how == "eager":
+        providers.append(_other("flash-swin", "flash-swin-tiny_16xb64_in1k", run))
     goals = tuple(Goal(mode, "speed-up", 1.0, over="swin") for mode in modes)
-    yield Case(f"H7/hwt-tiny/{what}", "H7", problem, (*own, *others), modes, goals=goals, clock="wall")
+    yield Case(f"H7/hwt-tiny/{how}", "H7", problem, tuple(providers), modes, goals=goals, clock="wall")
 
-    rows = {"order": "row_major", "relative_bias": False}
+    rows = {"order": "row_major"}
+    bare, bare_rows = {"relative_bias": False}, {"relative_bias": False, **rows}
     problem = ModelProblem("hnt-mini", _network(hnt, backend="torch"), series="HNT-mini")
-    squares = ModelProblem("nat2d-mini without bias", _network(nat, backend="torch", **rows))
-    own = [model_provider("triton", _network(hnt, backend="triton"), compiled=compiled)]
-    others = [model_provider("na2d-flex", partial(_nat_by_flex, nat, rows), instead=squares, compiled=compiled)]
-    if not compiled:
-        others.append(model_provider("na2d-triton", _network(nat, backend="triton", **rows), instead=squares))
+    without = ModelProblem("hnt-mini without bias", _network(hnt, backend="torch", **bare))
+    squares = ModelProblem("nat2d-mini", _network(nat, backend="torch", **rows))
+    bare_squares = ModelProblem("nat2d-mini without bias", _network(nat, backend="torch", **bare_rows))
+    providers = [
+        model_provider("triton", _network(hnt, backend="triton"), **run),
+        model_provider("triton-no-bias", _network(hnt, backend="triton", **bare), instead=without, **run),
+        model_provider("na2d-flex", partial(_nat_by_flex, nat, bare_rows), instead=bare_squares, **run),
+    ]
+    if how == "eager":
+        providers += [
+            model_provider("na2d-flex-bias", partial(_nat_by_flex, nat, rows), instead=squares),
+            model_provider("na2d-triton", _network(nat, backend="triton", **bare_rows), instead=bare_squares),
+        ]
     goals = tuple(Goal(mode, "speed-up", 1.0, over="na2d-flex") for mode in modes)
-    yield Case(f"H7/hnt-mini/{what}", "H7", problem, (*own, *others), modes, goals=goals, clock="wall")
+    if how == "eager":
+        goals += tuple(Goal(mode, "speed-up", 1.0, over="na2d-flex-bias") for mode in modes)
+    yield Case(f"H7/hnt-mini/{how}", "H7", problem, tuple(providers), modes, goals=goals, clock="wall")
 
 
-def _other(name: str, network: str, compiled: bool) -> Provider:
+def _other(name: str, network: str, run: Mapping[str, Any]) -> Provider:
     """Another paper's network, which is compared with nothing here."""
-    return model_provider(name, _network(network), instead=ModelProblem(network), compiled=compiled)
+    return model_provider(name, _network(network), instead=ModelProblem(network), **run)
 
 
 def _nat_by_flex(name: str, backbone: Mapping[str, Any]) -> nn.Module:
@@ -128,8 +145,26 @@ def _attend_by_flex(
     query, key, value = (part.transpose(1, 2) for part in heads)
     # Below 128 queries it would take the kernel made for decoding.
     options = {"FORCE_USE_FLEX_ATTENTION": True}
-    out = compiled_flex()(query, key, value, block_mask=masks[size], scale=module.scale, kernel_options=options)
+    out = compiled_flex()(
+        query, key, value, score_mod=_flex_bias(module.rpb, size[1]), block_mask=masks[size], scale=module.scale,
+        kernel_options=options,
+    )  # fmt: skip
     return out.transpose(1, 2).flatten(2)
+
+
+def _flex_bias(rpb: Tensor | None, width: int) -> Callable[..., Tensor] | None:
+    """NAT's bias as FlexAttention takes it, for tokens in row-major order."""
+    if rpb is None:
+        return None
+    reach = rpb.shape[1] // 2
+
+    def add_bias(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        # Masked pairs of a partial block may be further apart than the table reaches.
+        row = (k // width - q // width).clamp(-reach, reach) + reach
+        column = (k % width - q % width).clamp(-reach, reach) + reach
+        return score + rpb[head, row, column]
+
+    return add_bias
 
 
 def _network(name: str, **backbone: Any) -> Callable[[], nn.Module]:
