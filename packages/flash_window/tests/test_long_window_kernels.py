@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitreous_core.testing.budget import assert_within_budget
+from vitreous_core.testing.budget import TF32Products, assert_within_budget, relative_error
 from vitreous_flash_window import shifted_window_attention, window_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,14 +121,14 @@ def run(problem: Cut | Image, tensors: dict[str, Tensor], backend: str, dtype: t
     return {"out": out.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
-def check(problem: Cut | Image, factor: float = 2.0, precision: torch.dtype | None = None) -> dict[str, Tensor]:
+def check(problem: Cut | Image) -> dict[str, Tensor]:
     """Output and every gradient within budget."""
     tensors = problem.tensors()
     truth = run(problem, tensors, "torch", torch.float64)
     baseline = run(problem, tensors, "torch")
     actual = run(problem, tensors, "triton")
     # Gradients of bias, table and logit scale are wider than what they are made from.
-    assert_within_budget(actual, truth, baseline, precision=precision or problem.dtype, factor=factor)
+    assert_within_budget(actual, truth, baseline, precision=problem.dtype)
     return actual
 
 
@@ -178,13 +178,19 @@ def test_on_gpu(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["cut-324-D32-single", "image-32-single"])
 def test_tf32_follows_the_switch(name):
+    problem = LARGE[name]
+    tensors = problem.tensors()
+    truth = run(problem, tensors, "torch", torch.float64)
+    with TF32Products():
+        baseline = run(problem, tensors, "torch")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        # TF32 has the digits of fp16; the matrix units cut operands off where cuBLAS rounds them.
-        check(LARGE[name], factor=3, precision=HALF)
+        actual = run(problem, tensors, "triton")
     finally:
         torch.set_float32_matmul_precision(before)
+    assert_within_budget(actual, truth, baseline)
+    assert relative_error(actual["out"], truth["out"]) > 1e-5, "TF32 was not used"
 
 
 both_devices = pytest.mark.parametrize(
