@@ -31,7 +31,7 @@ from vitreous_core.recompute import recompute
 from .ablations import KeyValueAdditiveAttention, SelfAttention
 from .attention import EfficientAdditiveAttention, FoldedAdditiveAttention
 from .halving import HalvingConv2d
-from .ops import Backend, conv_encoder, pointwise_mlp
+from .ops import Backend, pointwise_mlp
 from .ops.backends import mlp_backend, resolve_mlp
 from .pointwise import PointwiseConv2d, is_half_channels_last
 
@@ -60,8 +60,9 @@ class SwiftFormer(nn.Module):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 and applied to every residual
             branch (officially only to those of the attention blocks); the paper uses none.
         backend: of the additive attention: `"torch"`, `"triton"`, or `"auto"`, which chooses (see
-            `ops.choose_backend`). `"triton"` by name is also the kernel of those convolutional blocks that have one
-            (see `ops.backends.encoder_backend`) in deploy mode, which then has to be in half precision.
+            `ops.choose_backend`). In deploy mode also of the 1x1 convolutions around GELU and of those of stride 2
+            (`ops.choose_mlp_backend`, `ops.choose_halving_backend`); `"triton"` by name then asks for half precision,
+            and leaves to PyTorch only the widths that have no kernel (`ops.backends.mlp_backend`).
         attention: `"additive"`, or what the paper's ablations compare it with (table 1 and the appendix):
             `"additive_kv"`, the same with the interaction of keys and values (`KeyValueAdditiveAttention`), and
             `"self"`, softmax self-attention (`SelfAttention`), quadratic in the tokens.
@@ -345,7 +346,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layer_scale is None and _is_fused(self.backend, x, self.pwconv1, self.pwconv2):
-            return conv_encoder(x, self.dwconv.weight, *_parameters(self.pwconv1, self.pwconv2), backend="triton")
+            return pointwise_mlp(self.dwconv(x), x, *_parameters(self.pwconv1, self.pwconv2), backend="triton")
         branch = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         return _add_branch(self, x, branch, self.layer_scale)
 
@@ -503,8 +504,9 @@ def _is_fused(backend: Backend, x: Tensor, first: nn.Conv2d, second: nn.Conv2d) 
         return False
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     dtypes = (x.dtype, *(parameter.dtype for parameter in _parameters(first, second)))
-    chosen = resolve_mlp(backend, x.device, dtypes, first.in_channels, first.out_channels, needs_grad)
-    return chosen == "triton"
+    batch, channels, height, width = x.shape
+    positions = batch * height * width
+    return resolve_mlp(backend, x.device, dtypes, channels, first.out_channels, positions, needs_grad) == "triton"
 
 
 def _parameters(first: nn.Conv2d, second: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""The operations of SwiftFormer: additive attention between its linear maps; for inference, blocks and convolutions."""
+"""The operations of SwiftFormer: additive attention between its linear maps; for inference, MLPs and convolutions."""
 
 from .api import (
     additive_attention,
     additive_attention_packed,
-    conv_encoder,
     halving_convolution,
     pointwise_mlp,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "choose_backend",
     "choose_halving_backend",
     "choose_mlp_backend",
-    "conv_encoder",
     "halving_convolution",
     "pointwise_mlp",
 ]

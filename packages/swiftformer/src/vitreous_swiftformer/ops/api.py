@@ -92,34 +92,6 @@ def additive_attention_packed(
     return torch.cat(run(query, key, w_g, scale), -1)
 
 
-def conv_encoder(
-    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, backend: Backend
-) -> Tensor:  # fmt: skip
-    """The convolutional block in deploy mode, for inference: `x + conv(gelu(conv(depthwise(x))))`.
-
-    Paper: SwiftFormer (arXiv 2303.15446), section 3, "Conv. Encoder", its batch norm and layer scale folded.
-
-    Args:
-        x: `[B, C, height, width]`, any strides; channels-last is fast.
-        taps: `[C, 1, 3, 3]`, a depthwise convolution that keeps the size, without bias.
-        weight1, bias1, weight2, bias2, backend: as in `pointwise_mlp`.
-
-    Returns:
-        `[B, C, height, width]`, dtype of x; channels-last with `"triton"`.
-
-    Raises:
-        TypeError, ValueError, BackendUnsupported: as `pointwise_mlp` does.
-
-    Numerics: as `pointwise_mlp`; `"triton"` rounds the depthwise result once, as an operand.
-    """
-    cast, (cast_taps, *parameters), chosen = _checked_mlp(
-        x, {"taps": taps, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}, backend
-    )  # fmt: skip
-    if chosen == "triton":
-        return contracts.conv_encoder(cast, cast_taps, *parameters)
-    return reference.conv_encoder(x, taps, weight1, bias1, weight2, bias2)
-
-
 def pointwise_mlp(
     x: Tensor, residual: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, backend: Backend
 ) -> Tensor:  # fmt: skip
@@ -144,11 +116,21 @@ def pointwise_mlp(
         within 2e-6 of the exact one, and NaN of infinities. Under autocast all are first cast to its dtype by
         `"triton"`, by each step of `"torch"`.
     """
-    cast, (cast_residual, *parameters), chosen = _checked_mlp(
-        x, {"residual": residual, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}, backend
-    )  # fmt: skip
+    parameters = {"residual": residual, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    cast = [_autocast(name, tensor) for name, tensor in {"x": x, **parameters}.items()]
+    if x.ndim != 4:
+        raise ValueError(f"x must be [B, C, height, width]; got shape {tuple(x.shape)}")
+    batch, channels, height, width = x.shape
+    hidden = weight1.shape[0]
+    shapes = (x.shape, (hidden, channels, 1, 1), (hidden,), (channels, hidden, 1, 1), (channels,))
+    for (name, tensor), shape in zip(parameters.items(), shapes, strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
+        _check_device(name, tensor, "x", x)
+    dtypes = tuple(tensor.dtype for tensor in cast)
+    chosen = resolve_mlp(backend, x.device, dtypes, channels, hidden, batch * height * width, _needs_grad(cast))
     if chosen == "triton":
-        return contracts.pointwise_mlp(cast, cast_residual, *parameters)
+        return contracts.pointwise_mlp(*cast)
     return reference.pointwise_mlp(x, residual, weight1, bias1, weight2, bias2)
 
 
@@ -185,24 +167,6 @@ def halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool, 
     if chosen == "triton":
         return contracts.halving_convolution(cast[0], cast[1], cast[2], relu)
     return reference.halving_convolution(x, weight, bias, relu)
-
-
-def _checked_mlp(x: Tensor, others: dict[str, Tensor], backend: Backend) -> tuple[Tensor, list[Tensor], Backend]:
-    """All checked, cast to the autocast dtype, and the backend that runs."""
-    cast = [_autocast(name, tensor) for name, tensor in {"x": x, **others}.items()]
-    if x.ndim != 4:
-        raise ValueError(f"x must be [B, C, height, width]; got shape {tuple(x.shape)}")
-    channels, hidden = x.shape[1], others["weight1"].shape[0]
-    shapes = {
-        "taps": (channels, 1, 3, 3), "residual": tuple(x.shape), "weight1": (hidden, channels, 1, 1),
-        "bias1": (hidden,), "weight2": (channels, hidden, 1, 1), "bias2": (channels,),
-    }  # fmt: skip
-    for name, tensor in others.items():
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{name} must have shape {shapes[name]}; got {tuple(tensor.shape)}")
-        _check_device(name, tensor, "x", x)
-    dtypes = tuple(tensor.dtype for tensor in cast)
-    return cast[0], cast[1:], resolve_mlp(backend, x.device, dtypes, channels, hidden, _needs_grad(cast))
 
 
 def _needs_grad(tensors: list[Tensor]) -> bool:

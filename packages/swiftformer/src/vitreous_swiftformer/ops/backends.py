@@ -9,13 +9,16 @@ import torch
 from vitreous_core.errors import BackendUnsupported
 
 from . import triton
-from .triton.configs import MOST_MLP_CHANNELS, takes_mlp
+from .triton.configs import takes_mlp
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _WIDEST = 512
 """Channels of the last stage of L3."""
+
+_SHORT_WALK, _MANY_POSITIONS = 64, 4096
+"""Channels up to which a lone program is no slower than separate layers; positions that are work for enough of them."""
 
 
 def check_backend(backend: str) -> None:
@@ -65,22 +68,29 @@ def resolve(
     return chosen
 
 
-def choose_mlp_backend(device: torch.device | str, dtype: torch.dtype, channels: int, hidden: int) -> Backend:
+def choose_mlp_backend(
+    device: torch.device | str, dtype: torch.dtype, channels: int, hidden: int, positions: int
+) -> Backend:
     """What `backend="auto"` runs of two 1x1 convolutions with a GELU between, for inference.
+
+    The kernel wherever it has the width, in half precision: it saves four passes over the hidden maps. But a program
+    walks over all hidden channels alone, so that few positions, which keep few programs busy, are PyTorch's; up to 64
+    channels the walk is short.
 
     Args:
         device: e.g. `"cuda"`.
         dtype: of maps and weights.
         channels, hidden: of the block.
+        positions: of all maps of the batch.
     """
     device = torch.device(device)
     if device.type != "cuda" or triton.mlp_unsupported_reasons(device, (dtype,), channels, needs_grad=False):
         return "torch"
-    return "triton" if channels < MOST_MLP_CHANNELS else "torch"
+    return "triton" if channels <= _SHORT_WALK or positions >= _MANY_POSITIONS else "torch"
 
 
 def choose_halving_backend(device: torch.device | str, dtype: torch.dtype, channels: int, outputs: int) -> Backend:
-    """What `backend="auto"` runs of a 3x3 convolution of stride 2, for inference.
+    """What `backend="auto"` runs of a 3x3 convolution of stride 2, for inference: in half precision the kernel.
 
     Args:
         device: e.g. `"cuda"`.
@@ -90,7 +100,7 @@ def choose_halving_backend(device: torch.device | str, dtype: torch.dtype, chann
     device = torch.device(device)
     if device.type != "cuda" or triton.halving_unsupported_reasons(device, (dtype,), needs_grad=False):
         return "torch"
-    return "triton" if outputs <= 64 else "torch"
+    return "triton"
 
 
 def mlp_backend(backend: Backend, channels: int) -> Backend:
@@ -105,7 +115,7 @@ def mlp_backend(backend: Backend, channels: int) -> Backend:
 
 def resolve_mlp(
     backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...], channels: int, hidden: int,
-    needs_grad: bool,
+    positions: int, needs_grad: bool,
 ) -> Backend:  # fmt: skip
     """As `resolve`, of two 1x1 convolutions with a GELU between. `"auto"` is `"torch"` where gradients are needed.
 
@@ -113,7 +123,7 @@ def resolve_mlp(
         ValueError, BackendUnsupported: as `resolve` does.
     """
     reasons = triton.mlp_unsupported_reasons(device, dtypes, channels, needs_grad)
-    return _resolve_inference(backend, choose_mlp_backend(device, dtypes[0], channels, hidden), reasons)
+    return _resolve_inference(backend, choose_mlp_backend(device, dtypes[0], channels, hidden, positions), reasons)
 
 
 def resolve_halving(

@@ -28,10 +28,6 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "conv_encoder(Tensor x, Tensor taps, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
     "pointwise_mlp(Tensor x, Tensor residual, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -42,7 +38,6 @@ _library.define(
 _additive_attention = torch.ops.vitreous_swiftformer.additive_attention.default
 _additive_attention_backward = torch.ops.vitreous_swiftformer.additive_attention_backward.default
 _additive_attention_packed = torch.ops.vitreous_swiftformer.additive_attention_packed.default
-_conv_encoder = torch.ops.vitreous_swiftformer.conv_encoder.default
 _pointwise_mlp = torch.ops.vitreous_swiftformer.pointwise_mlp.default
 _halving_convolution = torch.ops.vitreous_swiftformer.halving_convolution.default
 
@@ -133,29 +128,6 @@ def _differentiable(query: Tensor, key: Tensor, w_g: Tensor, scale: float) -> tu
         return _AdditiveAttention.apply(query, key, w_g, scale)
     with torch._C._AutoDispatchBelowAutograd():
         return _additive_attention(query, key, w_g, scale)
-
-
-def conv_encoder(
-    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:  # fmt: skip
-    """Call the operator, which has no derivative; arguments as in `api.conv_encoder`."""
-    out: Tensor = _conv_encoder(x, taps, weight1, bias1, weight2, bias2)
-    return out
-
-
-@torch.library.impl(_library, "conv_encoder", "CompositeExplicitAutograd")
-def _encoder(
-    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:  # fmt: skip
-    """The block's result, channels-last."""
-    from .triton.mlp import launch_encoder
-
-    return launch_encoder(x, taps, weight1, bias1, weight2, bias2)
-
-
-@torch.library.register_fake("vitreous_swiftformer::conv_encoder", lib=_library)
-def _(x: Tensor, *_: Tensor) -> Tensor:
-    return _channels_last(x, *x.shape[1:])
 
 
 def pointwise_mlp(

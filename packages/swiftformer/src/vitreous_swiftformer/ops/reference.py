@@ -1,4 +1,4 @@
-"""The truth, in plain PyTorch: additive attention between its linear maps; blocks and convolutions in deploy mode."""
+"""The truth, in plain PyTorch: additive attention between its linear maps; MLPs and convolutions in deploy mode."""
 
 from __future__ import annotations
 
@@ -16,14 +16,6 @@ def additive_attention(query: Tensor, key: Tensor, w_g: Tensor, scale: float) ->
     weights = unit_length(query @ w_g.to(query.dtype)[:, None] * scale, dim=1)  # [B, L, 1]
     global_query = weights.transpose(1, 2) @ query  # [B, 1, D]
     return query, global_query * key
-
-
-def conv_encoder(
-    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:  # fmt: skip
-    """Arguments as in `api.conv_encoder`."""
-    local = F.conv2d(x, taps, padding=1, groups=x.shape[1])
-    return pointwise_mlp(local, x, weight1, bias1, weight2, bias2)
 
 
 def pointwise_mlp(

@@ -47,6 +47,14 @@ def multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes that a program on the tensor's GPU can have; no bound in the interpreter."""
+    if not tensor.is_cuda:
+        return 1 << 30
+    size: int = torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+    return size
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU current, as launches need; nothing to do on a CPU (the interpreter)."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

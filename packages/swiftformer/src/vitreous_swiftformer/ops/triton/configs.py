@@ -78,7 +78,7 @@ class MlpPlan(NamedTuple):
     warps: int
 
 
-MOST_MLP_CHANNELS = 384
+MOST_MLP_CHANNELS = 256
 """More would leave the result of 64 positions no place in registers."""
 
 _MLP_CHANNEL_STEP = 4
@@ -86,16 +86,46 @@ _MLP_CHANNEL_STEP = 4
 
 
 def takes_mlp(channels: int) -> bool:
-    """Whether the kernel of two 1x1 convolutions has this width: multiples of 4 up to 384."""
+    """Whether the kernel of two 1x1 convolutions has this width: multiples of 4 up to 256."""
     return 0 < channels <= MOST_MLP_CHANNELS and channels % _MLP_CHANNEL_STEP == 0
 
 
-def plan_mlp(channels: int, hidden: int) -> MlpPlan:
-    """For channels that `takes_mlp`."""
+def plan_mlp(channels: int, hidden: int, shared_memory: int) -> MlpPlan:
+    """For channels that `takes_mlp`; measured at the widths of XS and L1 on an H100.
+
+    Fewer chunks on their way, then smaller ones, where a program's shared memory (bytes) is small.
+    """
+    plan = _wanted_mlp(channels, hidden)
+    while _mlp_bytes(plan, hidden) > shared_memory and plan.stages > 1:
+        plan = plan._replace(stages=plan.stages - 1)
+    while _mlp_bytes(plan, hidden) > shared_memory and plan.block_h > 16:
+        plan = plan._replace(block_h=plan.block_h // 2)
+    return plan
+
+
+def _wanted_mlp(channels: int, hidden: int) -> MlpPlan:
     first, second = split(channels)
+    is_local = hidden <= channels
+    if channels <= 64 and is_local:
+        return MlpPlan(64, first, second, 64, programs=4, stages=2, warps=4)
     if channels <= 64 and hidden <= 256:
-        return MlpPlan(64, first, second, 64 if hidden % 64 == 0 else 32, 3, 1, 4)
-    return MlpPlan(64, first, second, 64 if channels <= 128 else 32, 0, 2, 4 if channels < 200 else 8)
+        # Chunks that fill their block; as many programs as registers hold.
+        wide = hidden % 64 == 0
+        return MlpPlan(64, first, second, 64 if wide else 32, programs=3 if wide else 2, stages=1, warps=4)
+    if channels <= 128 and second == 0:
+        return MlpPlan(64, first, second, 64, programs=0, stages=2, warps=4)
+    if channels <= 192:
+        return MlpPlan(64, first, second, 32, programs=0, stages=2 if is_local else 3, warps=4)
+    return MlpPlan(64, first, second, 64 if is_local else 32, programs=0, stages=2 if is_local else 3, warps=8)
+
+
+def _mlp_bytes(plan: MlpPlan, hidden: int) -> int:
+    """Shared memory of a program: tiles of the map, also of the residual where they are on their way, and weights."""
+    row = 2 * (plan.first + plan.second)
+    if plan.programs:
+        tiles = 1 if plan.stages == 1 else 2 * plan.stages
+        return row * (tiles * plan.block_p + 2 * _ceil_div(hidden, plan.block_h) * plan.block_h) + 1024
+    return row * (plan.block_p + 2 * plan.stages * plan.block_h) + 1024
 
 
 def split(channels: int) -> tuple[int, int]:
@@ -126,12 +156,22 @@ class HalvingPlan(NamedTuple):
     warps: int
 
 
-_WIDEST_HALVING = 128
-"""Output channels of a tile, whose sums are in registers."""
+def plan_halving(channels: int, outputs: int, shared_memory: int) -> HalvingPlan:
+    """For any number of channels; measured at the widths of XS and L1 on an H100.
 
-
-def plan_halving(channels: int, outputs: int) -> HalvingPlan:
-    """For any number of channels."""
-    block_o = min(max(power_of_two(outputs), 16), _WIDEST_HALVING)
-    block_k = 32 if channels <= 3 else 64
-    return HalvingPlan(128 if block_o <= 64 else 64, block_k, block_o, 3, 4)
+    Less on its way where a program's shared memory (bytes) is small.
+    """
+    block_o = max(power_of_two(outputs), 16)
+    if channels <= 3:
+        plan = HalvingPlan(128, 32, min(block_o, 64), stages=1, warps=4)
+    elif block_o <= 64:
+        plan = HalvingPlan(128, 64, block_o, stages=3, warps=4)
+    elif outputs <= 192:
+        plan = HalvingPlan(128, 64, 128, stages=3, warps=8)
+    elif outputs <= 256:
+        plan = HalvingPlan(64, 64, 256, stages=3, warps=8)
+    else:
+        plan = HalvingPlan(64, 64, 128, stages=3, warps=4)
+    while 2 * plan.stages * plan.block_k * (plan.block_p + plan.block_o) + 1024 > shared_memory and plan.stages > 1:
+        plan = plan._replace(stages=plan.stages - 1)
+    return plan

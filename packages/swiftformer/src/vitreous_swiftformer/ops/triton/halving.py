@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of
+from .arguments import device_of, shared_memory
 from .configs import plan_halving
 from .tile_math import places
 
@@ -113,7 +113,7 @@ def launch_halving(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tenso
         return out
     weight = weight.permute(0, 2, 3, 1).contiguous()
     by_pairs = channels == IMAGE_CHANNELS and width % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
-    plan = plan_halving(channels, outputs)
+    plan = plan_halving(channels, outputs, shared_memory(x))
     cells = batch * out_height * out_width
     grid = (triton.cdiv(cells, plan.block_p), triton.cdiv(outputs, plan.block_o))
     sizes = (cells, height, width, out_height, out_width)

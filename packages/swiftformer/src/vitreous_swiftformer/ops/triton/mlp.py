@@ -1,9 +1,9 @@
-"""Inference kernel of two 1x1 convolutions with a GELU between and a residual, perhaps behind a depthwise 3x3.
+"""Inference kernel of two 1x1 convolutions with a GELU between and a residual.
 
-    out = residual + W2 gelu(W1 x + b1) + b2          x a map, or the depthwise convolution of the residual
+    out = residual + W2 gelu(W1 x + b1) + b2
 
 A program walks over tiles of positions with all channels. Hidden channels come in chunks: each is made, activated and
-multiplied into the result before the next. Channels are cut into two powers of two, so that 96 or 384 need no padding.
+multiplied into the result before the next. Channels are cut into two powers of two, so that 96 or 192 need no padding.
 """
 
 # mypy: ignore-errors
@@ -15,22 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of, multiprocessors
+from .arguments import device_of, multiprocessors, shared_memory
 from .configs import plan_mlp
-from .tile_math import gelu, places
+from .tile_math import gelu
 
 
-@triton.jit(do_not_specialize=["positions", "height", "width", "tiles"])
+@triton.jit(do_not_specialize=["positions", "tiles"])
 def _mlp_kernel(
-    x_ptr, residual_ptr, taps_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, out_ptr,
-    positions, height, width, tiles,
-    DEPTHWISE: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_P: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr,
-    RESIDENT: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    x_ptr, residual_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, out_ptr,
+    positions, tiles,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_P: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: programs that share the tiles. Maps `[positions, CHANNELS]`, weights `[out, in]`.
 
-    RESIDENT programs keep all weights on chip; others read them for every tile, STAGES chunks ahead.
+    RESIDENT programs keep all weights on chip and load maps AHEAD tiles; others read the weights of a tile chunk by
+    chunk, STAGES ahead.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if RESIDENT:
@@ -40,20 +40,10 @@ def _mlp_kernel(
                 weight1_ptr, bias1_ptr, weight2_ptr, chunk * BLOCK_H, CHANNELS, HIDDEN, FIRST, SECOND, BLOCK_H
             )  # fmt: skip
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
-        start = tl.cast(tile, tl.int64) * BLOCK_P
-        position = start + tl.arange(0, BLOCK_P)
-        if DEPTHWISE:
-            x0 = _depthwise(
-                x_ptr, taps_ptr, start, positions, height, width, CHANNELS, 0, FIRST, BLOCK_P
-            ).to(dtype)  # fmt: skip
-            if SECOND:
-                x1 = _depthwise(
-                    x_ptr, taps_ptr, start, positions, height, width, CHANNELS, FIRST, SECOND, BLOCK_P
-                ).to(dtype)  # fmt: skip
-        else:
-            x0 = _load_map(x_ptr, position, positions, CHANNELS, 0, FIRST)
-            if SECOND:
-                x1 = _load_map(x_ptr, position, positions, CHANNELS, FIRST, SECOND)
+        position = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        x0 = _load_map(x_ptr, position, positions, CHANNELS, 0, FIRST)
+        if SECOND:
+            x1 = _load_map(x_ptr, position, positions, CHANNELS, FIRST, SECOND)
         out0 = tl.zeros([BLOCK_P, FIRST], tl.float32)
         if SECOND:
             out1 = tl.zeros([BLOCK_P, SECOND], tl.float32)
@@ -139,30 +129,6 @@ def _load_map(ptr, position, positions, CHANNELS: tl.constexpr, START: tl.conste
 
 
 @triton.jit
-def _depthwise(
-    x_ptr, taps_ptr, start, positions, height, width, CHANNELS: tl.constexpr, START: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Sum of the nine taps in fp32; they are `[CHANNELS, 9]`."""
-    position = start + tl.arange(0, BLOCK_P)
-    _, row, column = places(start, height, width, BLOCK_P)
-    channels = START + tl.arange(0, BLOCK_C)
-    is_channel = channels < CHANNELS
-    ptrs = x_ptr + position[:, None] * CHANNELS + channels[None, :]
-    local = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    # Unrolled, all nine loads come first and spill.
-    for tap in tl.range(0, 9, num_stages=1, loop_unroll_factor=1):
-        down, right = tap // 3 - 1, tap % 3 - 1
-        inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
-        inside = inside & (position < positions)
-        shift = (down * width + right).to(tl.int64) * CHANNELS
-        values = tl.load(ptrs + shift, mask=inside[:, None] & is_channel[None, :], other=0.0)
-        weight = tl.load(taps_ptr + channels * 9 + tap, mask=is_channel, other=0.0)
-        local += values.to(tl.float32) * weight.to(tl.float32)[None, :]
-    return local
-
-
-@triton.jit
 def _finish(
     out_ptr, residual_ptr, bias2_ptr, out, position, positions, CHANNELS: tl.constexpr, START: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -180,17 +146,6 @@ def launch_mlp(
     x: Tensor, residual: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:  # fmt: skip
     """Channels-last; so are the maps, unless copies are made."""
-    return _launch(x, residual, None, weight1, bias1, weight2, bias2)
-
-
-def launch_encoder(
-    x: Tensor, taps: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:  # fmt: skip
-    """As `launch_mlp`, of the depthwise convolution of x."""
-    return _launch(x, x, taps, weight1, bias1, weight2, bias2)
-
-
-def _launch(x: Tensor, residual: Tensor, taps: Tensor | None, *parameters: Tensor) -> Tensor:
     same = residual is x
     x = x.contiguous(memory_format=torch.channels_last)
     residual = x if same else residual.contiguous(memory_format=torch.channels_last)
@@ -198,19 +153,17 @@ def _launch(x: Tensor, residual: Tensor, taps: Tensor | None, *parameters: Tenso
     out = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
     if not out.numel():
         return out
-    weight1, bias1, weight2, bias2 = (tensor.contiguous() for tensor in parameters)
     hidden = bias1.shape[0]
-    plan = plan_mlp(channels, hidden)
+    plan = plan_mlp(channels, hidden, shared_memory(x))
     positions = batch * height * width
     tiles = triton.cdiv(positions, plan.block_p)
     programs = min(plan.programs * multiprocessors(x), tiles) if plan.programs else tiles
+    parameters = (tensor.contiguous() for tensor in (weight1, bias1, weight2, bias2))
     with device_of(x):
         _mlp_kernel[(programs,)](
-            x, residual, None if taps is None else taps.contiguous(), weight1, bias1, weight2, bias2, out,
-            positions, height, width, tiles, DEPTHWISE=taps is not None, CHANNELS=channels, HIDDEN=hidden,
-            BLOCK_P=plan.block_p, FIRST=plan.first, SECOND=plan.second, BLOCK_H=plan.block_h,
-            CHUNKS=triton.cdiv(hidden, plan.block_h), RESIDENT=plan.programs > 0,
-            STAGES=1 if plan.programs else plan.stages, AHEAD=plan.stages if plan.programs else 1,
-            num_warps=plan.warps,
+            x, residual, *parameters, out, positions, tiles, CHANNELS=channels, HIDDEN=hidden, BLOCK_P=plan.block_p,
+            FIRST=plan.first, SECOND=plan.second, BLOCK_H=plan.block_h, CHUNKS=triton.cdiv(hidden, plan.block_h),
+            RESIDENT=plan.programs > 0, STAGES=1 if plan.programs else plan.stages,
+            AHEAD=plan.stages if plan.programs else 1, num_warps=plan.warps,
         )  # fmt: skip
     return out
