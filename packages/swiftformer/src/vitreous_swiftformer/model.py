@@ -176,7 +176,9 @@ class SwiftFormer(nn.Module):
         * The shift between a depthwise convolution and `pwconv1` goes on into the latter's bias.
         * Attention takes its folded form (`FoldedAdditiveAttention`): two 1x1 convolutions instead of four linear maps,
           on maps instead of tokens.
-        * 1x1 convolutions become matrix products where maps are channels-last in half precision (`PointwiseConv2d`).
+        * Where maps are channels-last in half precision, 1x1 convolutions become matrix products (`PointwiseConv2d`). On
+          a GPU, those around a GELU run there as one kernel with their residual, and convolutions of stride 2 as one with
+          their ReLU (`ops.choose_mlp_backend`, `ops.choose_halving_backend`).
 
         What stays: the norms of the outputs, because what they follow is a sum, not a linear map (`SwiftFormerHead`
         can take over the last one); the residuals, whose branches are not linear.
@@ -500,13 +502,16 @@ def _fold_stem(layers: nn.Sequential, backend: Backend) -> None:
 
 def _is_fused(backend: Backend, x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> bool:
     """Whether two folded 1x1 convolutions and the GELU between them run as one kernel on this map."""
-    if backend == "torch" or (backend == "auto" and not is_half_channels_last(x)):
+    if backend != "auto":
+        return backend == "triton"
+    if not is_half_channels_last(x):
         return False
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     dtypes = (x.dtype, *(parameter.dtype for parameter in _parameters(first, second)))
     batch, channels, height, width = x.shape
     positions = batch * height * width
-    return resolve_mlp(backend, x.device, dtypes, channels, first.out_channels, positions, needs_grad) == "triton"
+    chosen = resolve_mlp(backend, x.device, dtypes, channels, first.out_channels, positions, needs_grad)
+    return chosen == "triton"
 
 
 def _parameters(first: nn.Conv2d, second: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
