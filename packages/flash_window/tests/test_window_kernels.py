@@ -103,6 +103,8 @@ SMALL = {
     "49-low": Problem(49, 32, HALF, images=4, mask_windows=2, bias="low", mask="low"),
     "64-large-scores": Problem(64, 24, HALF, images=2, bias="none", magnitude=8.0, strides="expanded"),
     "81-chunks": Problem(81, 16, SINGLE, 1, 1, 2, mask="single", dropout_p=0.2),
+    "20-channels": Problem(20, 140, SINGLE, 1, 1, 2, mask="bool", bias="table", dropout_p=0.2),
+    "40-channels": Problem(40, 68, SINGLE, 1, 2, 2, mask="single", strides="packed"),
     "66-rest": Problem(66, 16, HALF, 1, 2, 2, mask="bool", dropout_p=0.2),
     "131-rest": Problem(131, 16, HALF, 1, 2, strides="packed"),
     "146-bias-pass": Problem(146, 16, HALF, 1, 2, 2, bias="low", mask="single", dropout_p=0.2),
@@ -125,6 +127,8 @@ LARGE = {
     "49-D128-single": Problem(49, 128, SINGLE, 2, 40, mask="low", mask_windows=2),
     "64-D32": Problem(64, 32, HALF, 4, 800, mask_windows=2, mask="bool"),
     "64-D256": Problem(64, 256, BRAIN, 4, 40),
+    "64-D256-single": Problem(64, 256, SINGLE, 4, 40, 2, mask="bool", dropout_p=0.1),
+    "64-D128-single": Problem(64, 128, SINGLE, 2, 40, strides="strided"),
     "81-D32": Problem(81, 32, HALF, 2, 60, bias="low", dropout_p=0.2),
     "80-D32": Problem(80, 32, BRAIN, 3, 60, strides="packed"),
     "144-D32": Problem(144, 32, HALF, 3, 100, strides="packed"),
@@ -151,7 +155,9 @@ def test_on_gpu(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["49-D32-single", "144-D32-single", "196-D32-single", "16-D256-single"])
+@pytest.mark.parametrize(
+    "name", ["49-D32-single", "144-D32-single", "196-D32-single", "16-D256-single", "49-D128-single"]
+)
 def test_tf32_follows_the_switch(name):
     problem = LARGE[name]
     tensors = problem.tensors()

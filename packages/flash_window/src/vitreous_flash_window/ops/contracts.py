@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .triton.arguments import new_statistics
-from .triton.configs import is_short, keeps_statistics
+from .triton.configs import is_short, keeps_statistics, tiles_channels
 
 # `custom_op` would be shorter; its Python layers cost ten times as much per call as these, more than a small kernel.
 _library = torch.library.Library("vitreous_flash_window", "FRAGMENT")
@@ -66,6 +66,10 @@ def _forward(
         from .triton.window_forward import launch_forward
 
         return launch_forward(query, key, value, bias, mask, seed, scale, dropout_p)
+    if _tiles_channels(query):
+        from .triton.window_channels import launch_channels_forward
+
+        return launch_channels_forward(query, key, value, bias, mask, seed, scale, dropout_p)
     from .triton.long_forward import launch_long_forward
 
     return launch_long_forward(query, key, value, bias, mask, seed, scale, dropout_p)
@@ -100,6 +104,10 @@ def _backward(
         from .triton.window_backward import launch_backward
 
         return launch_backward(dout, query, key, value, out, statistics, bias, mask, seed, scale, dropout_p, needs_bias)
+    if _tiles_channels(query):
+        from .triton.window_channels import launch_channels_backward
+
+        return launch_channels_backward(dout, query, key, value, bias, mask, seed, scale, dropout_p, needs_bias)
     from .triton.long_backward import launch_long_backward
 
     assert out is not None
@@ -127,9 +135,12 @@ def _is_short(query: Tensor) -> bool:
     return is_short(query.dtype, query.shape[2], query.shape[3])
 
 
+def _tiles_channels(query: Tensor) -> bool:
+    return tiles_channels(query.dtype, query.shape[2], query.shape[3])
+
+
 def _keeps_statistics(query: Tensor) -> bool:
-    # Sizes can be symbols here, which have to become numbers.
-    return keeps_statistics(int(query.shape[2]), int(query.shape[3]), query.element_size())
+    return keeps_statistics(int(query.shape[2]))  # it can be a symbol, which has to become a number
 
 
 class _WindowAttention(torch.autograd.Function):

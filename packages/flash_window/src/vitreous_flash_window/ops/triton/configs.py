@@ -66,9 +66,14 @@ def is_short(dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
     )
 
 
-def keeps_statistics(tokens: int, head_dim: int, itemsize: int) -> bool:
+def tiles_channels(dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
+    """Whether a window is one tile of scores, but its rows are too long for a kernel that holds them on chip."""
+    return tokens <= LARGEST_TILE and not fits_on_chip(tokens, head_dim, dtype.itemsize)
+
+
+def keeps_statistics(tokens: int) -> bool:
     """Whether the backward pass needs output and statistics: not where one tile holds all scores of a window."""
-    return tokens > LARGEST_TILE or not fits_on_chip(tokens, head_dim, itemsize)
+    return tokens > LARGEST_TILE
 
 
 def count_parts(device: torch.device, tile: Tile, windows: int, heads: int) -> int:
@@ -171,6 +176,19 @@ def choose_bias_gradient(dtype: torch.dtype, tokens: int, head_dim: int, masked:
     stage = 4 * LARGEST_TILE * channels * dtype.itemsize
     stages, programs = _fitting(_BIAS_MASKED if masked else _BIAS, lambda stages: stages * stage)
     return Tile(0, strips, LARGEST_TILE, LARGEST_TILE, 0, 4, stages, programs)
+
+
+class ChannelTiles(NamedTuple):
+    """Launches of windows whose channels come in chunks, which `columns` counts here."""
+
+    forward: Tile
+    backward: Tile
+
+
+def choose_channels(tokens: int, head_dim: int, precision: str) -> ChannelTiles:
+    """The launches where `tiles_channels`; a pure function of the shape class."""
+    rows, chunk = min(LARGEST_TILE, _power_of_two(tokens)), 16 if precision == "ieee" else 32
+    return ChannelTiles(Tile(0, 1, rows, chunk, 0, 4, 3, 3), Tile(0, 1, rows, chunk, 0, 8, 2, 2))
 
 
 def _is_slim(dtype: torch.dtype, head_dim: int) -> bool:

@@ -269,7 +269,7 @@ def _shifted_bwd_queries_kernel(
                     qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
                     WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
                 )  # fmt: skip
-                weights = tl.exp2(window_scores(q, k, addends[c] - lse[:, None], factor, COSINE, PRECISION))
+                weights = tl.exp2(window_scores(q, k, addends[c], factor, COSINE, PRECISION) - lse[:, None])
                 dweights = channel_product(dout, v, PRECISION)
                 if DROPOUT:
                     keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
@@ -301,7 +301,7 @@ def _shifted_bwd_queries_kernel(
                 qkv_image, pad_ptr, 2 * channels + channel, columns[c], offs_d, place, stride_y, stride_x,
                 WINDOW, SHIFT, PAD, HEAD_DIM, ALIGN,
             )  # fmt: skip
-            scores = window_scores(q, k, addends[c] - lse[:, None], factor, COSINE, PRECISION)
+            scores = window_scores(q, k, addends[c], factor, COSINE, PRECISION) - lse[:, None]
             dweights = channel_product(dout, v, PRECISION)
             if DROPOUT:
                 keep = dropout_keep(seed_ptr, window_head, rows[:, None], columns[c][None, :], threshold)
@@ -399,7 +399,7 @@ def _shifted_bwd_keys_kernel(
             # Queries past the window weigh nothing.
             lse = tl.load(lse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=float("inf"))
             delta = tl.load(delta_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
-            weights = tl.exp2(window_scores(k, q, addends[c] - lse[None, :], factor, COSINE, PRECISION))
+            weights = tl.exp2(window_scores(k, q, addends[c], factor, COSINE, PRECISION) - lse[None, :])
             if inverse_ptr is not None:
                 inverse = tl.load(inverse_ptr + of_window + columns[c], mask=columns[c] < TOKENS, other=0.0)
                 weights *= inverse[None, :]

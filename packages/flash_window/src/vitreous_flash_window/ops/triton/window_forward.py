@@ -144,7 +144,7 @@ def launch_forward(
     """Output and statistics (`[0]` where a tile holds the window); arguments as the registered operator's."""
     windows, heads, tokens, head_dim = query.shape
     out = torch.empty_like(query)
-    kept = keeps_statistics(tokens, head_dim, query.element_size())
+    kept = keeps_statistics(tokens)
     statistics = new_statistics(query, windows, heads, tokens) if kept else query.new_empty(0, dtype=torch.float32)
     if out.numel() == 0:
         return out, statistics
