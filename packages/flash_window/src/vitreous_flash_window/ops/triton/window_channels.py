@@ -42,8 +42,8 @@ from .tile_math import (
 
 @triton.jit
 def _load_chunk(
-    base, rows, first, stride_n, stride_d, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr
-):
+    base, rows, first, stride_n, stride_d, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Channels `first` and on of a window's rows, zero outside."""
     channel = first + tl.arange(0, CHUNK)
     pointers = base + rows.to(tl.int64)[:, None] * stride_n + channel[None, :] * stride_d
