@@ -176,9 +176,9 @@ class SwiftFormer(nn.Module):
         * The shift between a depthwise convolution and `pwconv1` goes on into the latter's bias.
         * Attention takes its folded form (`FoldedAdditiveAttention`): two 1x1 convolutions instead of four linear maps,
           on maps instead of tokens.
-        * Where maps are channels-last in half precision, 1x1 convolutions become matrix products (`PointwiseConv2d`). On
-          a GPU, those around a GELU run there as one kernel with their residual, and convolutions of stride 2 as one with
-          their ReLU (`ops.choose_mlp_backend`, `ops.choose_halving_backend`).
+        * Where maps are channels-last in half precision, 1x1 convolutions become matrix products (`PointwiseConv2d`).
+          There, on a GPU, those around a GELU run as one kernel with their residual, and convolutions of stride 2 as
+          one with their ReLU (`ops.choose_mlp_backend`, `ops.choose_halving_backend`).
 
         What stays: the norms of the outputs, because what they follow is a sum, not a linear map (`SwiftFormerHead`
         can take over the last one); the residuals, whose branches are not linear.
