@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vitreous_core.deploy import switch_to_deploy
 from vitreous_core.testing.golden import golden_input
 from vitreous_swiftformer import EfficientAdditiveAttention, SwiftFormer
+from vitreous_swiftformer.halving import HalvingConv2d
 
 Build = Callable[..., nn.Sequential]
 
@@ -118,6 +119,11 @@ def test_channels_last_stays(build: Build, tiny: dict[str, Any]) -> None:
     for one, other in zip(maps, expected, strict=True):
         assert one.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    late = build(tiny).to(memory_format=torch.channels_last)
+    late.backbone.switch_to_deploy()
+    strided = [module.weight for module in late.modules() if isinstance(module, HalvingConv2d)]
+    assert len(strided) == 4
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in strided)
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ class HalvingConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, height, width]` to `[B, out_channels, (height + 1) // 2, (width + 1) // 2]`."""
-        if self.backend == "triton" or (self.backend == "auto" and is_half_channels_last(self.weight)):
+        is_last = is_half_channels_last(self.weight) or is_half_channels_last(x)
+        if self.backend == "triton" or (self.backend == "auto" and is_last):
             assert self.bias is not None
             return halving_convolution(x, self.weight, self.bias, relu=self.relu, backend=self.backend)
         out = super().forward(x)

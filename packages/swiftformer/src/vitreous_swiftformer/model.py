@@ -436,8 +436,8 @@ class Downsample(nn.Module):
 
     def fold(self) -> None:
         """Norm into the convolution before it."""
-        folded = fold_conv_norm(self.proj, self.norm)
-        self.proj, self.norm = HalvingConv2d.from_conv(folded, relu=False, backend=self.backend), nn.Identity()
+        self.proj = _fold_halving(self.proj, self.norm, relu=False, backend=self.backend)
+        self.norm = nn.Identity()
 
 
 def _stem(in_channels: int, channels: int) -> nn.Sequential:
@@ -492,12 +492,18 @@ def _init_weights(module: nn.Module) -> None:
 def _fold_stem(layers: nn.Sequential, backend: Backend) -> None:
     """Each convolution, norm and ReLU to one layer; the numbers of layers stay."""
     for first in range(0, len(layers), 3):
-        conv, norm = layers[first], layers[first + 1]
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, _BatchNorm)
-        folded = fold_conv_norm(conv, norm)
-        layers[first] = HalvingConv2d.from_conv(folded, relu=True, backend=backend)
+        layers[first] = _fold_halving(layers[first], layers[first + 1], relu=True, backend=backend)
         layers[first + 1], layers[first + 2] = nn.Identity(), nn.Identity()
+
+
+def _fold_halving(conv: nn.Module, norm: nn.Module, relu: bool, backend: Backend) -> HalvingConv2d:
+    """The norm in the convolution before it, whose weight stays channels-last: a copy for each call costs a launch."""
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, _BatchNorm)
+    folded = HalvingConv2d.from_conv(fold_conv_norm(conv, norm), relu, backend)
+    if conv.weight.is_contiguous(memory_format=torch.channels_last):
+        folded.to(memory_format=torch.channels_last)
+    return folded
 
 
 def _is_fused(backend: Backend, x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> bool:
