@@ -109,9 +109,9 @@ def _multiply_keys(
 def launch_forward(query: Tensor, key: Tensor, w_g: Tensor, unit: Tensor, mixed: Tensor, scale: float) -> Tensor:
     """Fill `unit` and `mixed`, of any strides; returns the statistics, fp32 `[B, D + 1]`."""
     batch, tokens, channels = query.shape
-    statistics = query.new_zeros(batch, channels + 1, dtype=torch.float32)
+    statistics = query.new_empty(batch, channels + 1, dtype=torch.float32)
     if not query.numel():
-        return statistics
+        return statistics.zero_()
     plan = make_plan(batch, tokens, channels, multiprocessors(query))
     partial = None
     if plan.parts > 1:
