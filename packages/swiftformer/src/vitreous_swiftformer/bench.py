@@ -53,11 +53,11 @@ def inference_cases() -> Iterator[Case]:
         for batch in (1, 128, 1024):
             names = [
                 "deploy-triton", "deploy-triton-graph", "deploy-triton-compiled", "deploy-triton-compiled-graph",
-                "deploy-compiled-graph", "deploy-encoder-graph", "eager",
+                "deploy-compiled-graph", "eager",
                 "timm", "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
             # Many images hide the launches, and a graph would have to copy them.
-            fastest = "deploy-triton-compiled-graph" if batch <= 128 else "deploy-triton-compiled"
+            fastest = "deploy-triton-graph" if batch <= 128 else "deploy-triton"
             yield _inference_case("S1", f"{arch}-batch{batch}", arch, batch, names, ours=fastest, goals=goals)
 
 
@@ -107,15 +107,13 @@ def _inference_case(
 ) -> Case:
     """A network on a GPU.
 
-    `deploy-triton` is deploy mode as it comes, whose attention is Triton's in half precision; `deploy` keeps to plain
-    PyTorch, and `deploy-encoder` has the kernel of the convolutional blocks too.
+    `deploy-triton` is deploy mode as it comes for half precision on a GPU; `deploy` keeps to plain PyTorch.
     """
     plain = partial(classifier, arch, "torch")
     networks: dict[str, tuple[Build, Adopt]] = {
         "deploy-triton": (partial(classifier, arch), folded),
         "deploy-auto": (partial(classifier, arch), folded),
         "deploy": (plain, folded),
-        "deploy-encoder": (partial(classifier, arch, "triton"), folded),
         "eager": (plain, load_weights),
         "timm": (partial(timm_classifier, arch), adopt_in_timm),
     }
