@@ -353,7 +353,7 @@ def test_new_batches_and_sizes_compile_nothing():
     kernels = [
         shifted_forward._shifted_fwd_kernel, shifted_backward._shifted_bwd_closed_kernel,
         shifted_backward._shifted_bwd_queries_kernel, shifted_backward._shifted_bwd_keys_kernel,
-        shifted_backward._table_kernel, bias_gradient._fold_kernel,
+        shifted_backward._shifted_bwd_bias_kernel, shifted_backward._table_kernel, bias_gradient._fold_kernel,
     ]  # fmt: skip
 
     def compiled() -> int:

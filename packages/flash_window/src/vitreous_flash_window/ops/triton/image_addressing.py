@@ -189,15 +189,25 @@ def inverse_norms(rows):
 
 
 @triton.jit
-def window_scores(rows, columns, addend, factor, COSINE: tl.constexpr, PRECISION: tl.constexpr):
-    """Base-2 scores of one window: `rows` are queries and `columns` keys, or the other way round.
+def window_products(rows, columns, factor, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """Base-2 scores of one window without their addend: `rows` are queries and `columns` keys, or the other way round.
 
     Cosines are products of the raw rows, divided by the norms afterwards: normalised rows of a half dtype would be
     rounded, and a factor of up to 100 would show it.
     """
-    scores = channel_product(rows, columns, PRECISION)
+    products = channel_product(rows, columns, PRECISION)
     if COSINE:
-        scores = scores * (inverse_norms(rows) * (factor * LOG2E))[:, None] * inverse_norms(columns)[None, :]
+        products = products * (inverse_norms(rows) * (factor * LOG2E))[:, None] * inverse_norms(columns)[None, :]
     else:
-        scores = scores * (factor * LOG2E)
-    return scores + addend
+        products = products * (factor * LOG2E)
+    return products
+
+
+@triton.jit
+def window_scores(rows, columns, addend, factor, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """Base-2 scores of one window, see `window_products`.
+
+    The addend must come as it is kept over windows: a sum of it and of numbers of this window would be formed in the
+    layout that the addend was loaded in, and every tile of it would go through shared memory for every window.
+    """
+    return window_products(rows, columns, factor, COSINE, PRECISION) + addend

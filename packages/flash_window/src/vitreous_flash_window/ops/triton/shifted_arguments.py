@@ -89,14 +89,15 @@ class Shape(NamedTuple):
         """See `shifted_configs.choose`."""
         return choose(self.tokens, self.head_dim, self.dtype, self.precision, self.has_logit_scale)
 
-    def launch(self, tile: Tile, **more: bool) -> Launch:
-        """How a kernel with this tile is launched; `more` are further constants."""
+    def launch(self, tile: Tile, tiles: bool = False, **more: bool) -> Launch:
+        """How a kernel with this tile is launched: strips of a window, or tiles of its scores; `more` are constants."""
         batch, height, width, _ = self.image
         rows, columns = self.window_grid
         zones: tuple[int, ...] = (batch * rows * columns,)
         if self.shift_size:
             zones = (batch * (rows - 1) * (columns - 1), batch * (columns - 1), batch * (rows - 1), batch)
-        owners = self.num_heads * tile.strips(self.tokens)
+        options = tile.options(self.tokens)
+        owners = self.num_heads * tile.strips(self.tokens) * (options["CHUNKS"] if tiles else 1)
         load, parts = deal(zones, owners, tile.programs, self.device)
         align = stride_alignment(*self.strides, self.channels)
         numbers = (
@@ -107,7 +108,7 @@ class Shape(NamedTuple):
             "WINDOW": self.window_size, "SHIFT": self.shift_size, "PAD": self.padding,
             "BIAS": self.table_strides is not None, "COSINE": self.has_logit_scale, "DROPOUT": self.has_dropout,
             "HEAD_DIM": self.head_dim, "BLOCK_D": padded_head_dim(self.head_dim), "PRECISION": self.precision,
-            "ALIGN": align, **tile.options(self.tokens), **more,
+            "ALIGN": align, **options, **more,
         }  # fmt: skip
         return Launch((owners * parts,), parts, numbers, constants)
 

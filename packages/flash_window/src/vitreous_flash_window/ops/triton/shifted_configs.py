@@ -6,7 +6,7 @@ Nothing here depends on the batch or the image's size, so a shape class compiles
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ class Tile(NamedTuple):
         chunk: columns are visited in chunks of this many.
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
+        registers: most of a thread, where the last of those programs would not fit without a limit.
     """
 
     rows: int
@@ -33,27 +34,32 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
+    registers: int | None = None
 
     def strips(self, tokens: int) -> int:
         """Programs that share a window."""
         return -(-tokens // self.rows)
 
-    def options(self, tokens: int) -> dict[str, int]:
+    def options(self, tokens: int) -> dict[str, Any]:
         """As keyword arguments of a launch. The last chunk is as narrow as it can be: 144 = 64 + 64 + 16."""
         chunks = -(-tokens // self.chunk)
         return {
             "ROWS": self.rows, "CHUNKS": chunks, "CHUNK": self.chunk, "STAGES": self.stages,
             "LAST": _power(tokens - self.chunk * (chunks - 1)),
-            "num_warps": self.warps, "num_stages": self.stages,
+            "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers,
         }  # fmt: skip
 
 
 class Config(NamedTuple):
-    """Tiles of the passes. Without a pass over `keys`, a window is one tile and `queries` computes every gradient."""
+    """Tiles of the passes. Without a pass over `keys`, a window is one tile and `queries` computes every gradient.
+
+    Without a pass over tiles of the `bias` gradient, that over queries sums it.
+    """
 
     forward: Tile
     queries: Tile
     keys: Tile | None
+    bias: Tile | None
 
 
 def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
@@ -65,8 +71,12 @@ def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
 # multiprocessor's shared memory would not hold them.
 _FORWARD, _BACKWARD = (4, 2), (3, 2)
 # The same where a window is several chunks, and the width of a chunk.
-_FORWARD_CHUNKS, _QUERIES_CHUNKS, _KEYS_CHUNKS = (3, 2, 64), (2, 2, 32), (2, 2, 32)
+_FORWARD_CHUNKS, _QUERIES_CHUNKS, _KEYS_CHUNKS, _KEYS_NARROW = (3, 2, 64), (3, 2, 32), (3, 2, 64), (3, 2, 32)
+_BIAS, _BIAS_SLIM, _BIAS_REGISTERS = (3, 2, 64), (3, 3, 64), 168
 _SHARED_MEMORY = 227 * 1024
+
+_LARGEST_WITH_BIAS = 144
+"""N up to which the pass over queries has registers for the bias gradient beside the bias; cosines leave it none."""
 
 
 @lru_cache
@@ -77,10 +87,10 @@ def choose(tokens: int, head_dim: int, dtype: torch.dtype, precision: str, cosin
     warps = 8 if precision == "ieee" else max(rows * padded_head_dim(head_dim) // (64 * 128), 1) * rows // 16
     row_bytes = padded_head_dim(head_dim) * dtype.itemsize
 
-    def tile(own: int, walked: int, stages: int, programs: int, chunk: int) -> Tile:
-        """`own` tensors of the program's rows and `walked` ones of the whole window are loaded ahead."""
+    def tile(own: int, walked: int, stages: int, programs: int, chunk: int, width: int = tokens) -> Tile:
+        """`own` tensors of the program's rows and `walked` ones of `width` more are loaded ahead."""
         programs *= max(4 // warps, 1)
-        stage = (own * rows + walked * max(tokens, rows)) * row_bytes
+        stage = (own * rows + walked * max(width, rows)) * row_bytes
         room = _SHARED_MEMORY // programs - 2 * rows * chunk * dtype.itemsize
         while programs > 1 and room < stage:
             programs -= 1
@@ -88,10 +98,19 @@ def choose(tokens: int, head_dim: int, dtype: torch.dtype, precision: str, cosin
         return Tile(rows, chunk, warps, max(min(stages, room // stage), 1), programs)
 
     if tokens <= LARGEST_TILE:
-        return Config(tile(1, 2, *_FORWARD, rows), tile(2, 2, *_BACKWARD, rows), None)
-    # Cosine attention walks over keys and values twice, and does not load the output.
-    queries = tile(2, 4, *_QUERIES_CHUNKS) if cosine else tile(3, 2, *_QUERIES_CHUNKS)
-    return Config(tile(1, 2, *_FORWARD_CHUNKS), queries, tile(2, 2, *_KEYS_CHUNKS))
+        return Config(tile(1, 2, *_FORWARD, rows), tile(2, 2, *_BACKWARD, rows), None, None)
+    # Half precision and at most 32 channels: registers suffice for wide chunks of keys, and for a third program.
+    slim = row_bytes <= 64
+    bias = None
+    if cosine or tokens > _LARGEST_WITH_BIAS:
+        bias = tile(2, 2, *(_BIAS_SLIM if slim else _BIAS), rows)
+        bias = bias._replace(registers=_BIAS_REGISTERS if slim else None)
+    return Config(
+        tile(1, 2, *_FORWARD_CHUNKS),
+        tile(3, 2, *_QUERIES_CHUNKS),
+        tile(2, 2, *(_KEYS_CHUNKS if slim and not cosine else _KEYS_NARROW)),
+        bias,
+    )
 
 
 @lru_cache(maxsize=1024)
