@@ -30,6 +30,7 @@ nox.options.sessions = ["tests", "lint", "types", "docs"]
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
+OLDEST = ROOT / "constraints-oldest.txt"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 MEMBERS = {
     folder.name: nox.project.load_toml(folder / "pyproject.toml")
@@ -43,6 +44,51 @@ LOWEST_PYTHON = "3.11"
 LARGE_EXTRAS = {"executorch", "coreml"}  # installed by `exports` alone
 MIRROR = re.compile(r"^constraint-dependencies = \[.*?\]$", re.MULTILINE | re.DOTALL)
 SKIP_WITHOUT_GPU = "--skip-without-gpu"
+# What `sanitize` runs: by test, its cases and the kernels that each is there for (it launches others too).
+SANITIZED = {
+    "core/tests/test_block_sparse_kernels.py::test_on_gpu": {
+        "window1d-shift-cells-gqa": ["_bsa_bwd_bias_kernel", "_bsa_bias_sum_kernel"],
+        "neighborhood2d-cells": ["_bsa_bwd_closed_kernel", "_bsa_bias_fold_kernel"],
+        "window2d-over-a-tile": ["_bsa_fwd_kernel", "_bsa_bwd_dq_kernel", "_bsa_bwd_dkv_kernel"],
+        "bits-dense": ["_bsa_bwd_bias_kernel"],
+    },
+    "core/tests/test_sum_norm.py::test_on_gpu": {"ragged": ["_sum_norm_fwd_kernel", "_sum_norm_bwd_kernel"]},
+    "flash_window/tests/test_window_kernels.py::test_on_gpu": {
+        "9-single-table": ["_window_fwd_kernel", "_window_bwd_rows_kernel", "_fold_kernel"],
+        "49-low": ["_window_fwd_kernel", "_window_bwd_rows_kernel"],
+        "146-bias-pass": ["_window_bwd_keys_kernel", "_window_bwd_bias_kernel"],
+        "20-channels": ["_channels_fwd_kernel", "_channels_bwd_kernel"],
+    },
+    "flash_window/tests/test_shifted_window_kernels.py::test_on_gpu": {
+        "w7-15x17-padded": ["_shifted_fwd_kernel", "_shifted_bwd_closed_kernel", "_table_kernel"],
+        "w7-15x17-padded-cosine": ["_shifted_fwd_kernel", "_shifted_bwd_closed_kernel"],
+        "w9-single-cosine": ["_shifted_bwd_queries_kernel", "_shifted_bwd_keys_kernel", "_shifted_bwd_bias_kernel"],
+    },
+    "flash_window/tests/test_long_window_kernels.py::test_on_gpu": {
+        "cut-289-flags-dropout-half": ["_prepare_bias_kernel", "_long_bwd_bias_kernel"],
+        "image-6-D256-padded-shifted": ["_long_fwd_kernel", "_long_bwd_dq_kernel", "_long_bwd_dkv_kernel"],
+        "image-17-cosine-half": ["_inverse_norm_kernel", "_spread_table_kernel", "_fold_table_kernel"],
+    },
+    "efficientvit/tests/test_ops.py::test_on_gpu": {
+        "m2-stage3-padded": ["_attention_kernel"],
+        "m0-stage1-ffn": ["_feed_forward_kernel"],
+        "m4-image": ["_image_kernel"],
+        "m4-stem4": ["_convolution_kernel"],
+        "m0-merging": ["_depthwise_kernel"],
+    },
+    "swiftformer/tests/test_additive_kernels.py::test_on_gpu": {
+        "l1-1-one-image": ["_additive_fwd_kernel", "_additive_bwd_kernel"],  # each in two launches
+        "l1-4": ["_additive_fwd_kernel", "_additive_bwd_kernel"],  # each in one
+    },
+    "swiftformer/tests/test_inference_kernels.py::test_mlps_on_gpu": {
+        "48-local": ["_mlp_kernel"],  # keeps its weights on chip
+        "168-strided": ["_mlp_kernel"],  # reads them for every tile
+    },
+    "swiftformer/tests/test_inference_kernels.py::test_halvings_on_gpu": {
+        "pairs-bf16": ["_image_kernel"],
+        "112": ["_halving_kernel"],
+    },
+}
 # For each of several workers: threads that outnumber the cores make small products many times slower.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -80,6 +126,22 @@ for _member in MEMBERS:
     add_member_tests(_member)
 
 
+@nox.session(default=False, python=LOWEST_PYTHON)
+def oldest(session: nox.Session) -> None:
+    """Run `tests` on the lowest Python, torch and Triton that we support (constraints-oldest.txt).
+
+    .ci/run leaves it out: it takes as long as `tests`.
+    """
+    if not session.virtualenv.is_sandboxed:
+        session.error("oldest installs the lowest versions in an environment of its own: leave out --no-venv")
+    # Elsewhere, because inside of the workspace uv adds the pins that pyproject.toml mirrors.
+    with tempfile.TemporaryDirectory(prefix="vitreous-oldest-") as elsewhere, session.chdir(elsewhere):
+        constraints = Path(elsewhere) / "constraints.txt"
+        constraints.write_text("\n".join(oldest_pins()) + "\n")
+        prepare(session, MEMBERS, groups=["test"], constraints=constraints)
+    run_tests(session, ["packages", "tests"])
+
+
 @nox.session(default=False)
 def interpret(session: nox.Session) -> None:
     """Run the kernels' tests in Triton's interpreter, no GPU needed (`tests` does this too)."""
@@ -114,25 +176,17 @@ def gpu_tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def sanitize(session: nox.Session) -> None:
-    """Run a few of the kernels' GPU tests under compute-sanitizer: memory errors, then races."""
+    """Run one or two GPU tests of every kernel under compute-sanitizer: memory errors, then races."""
     prepare(session, MEMBERS, groups=["test"])
     if shutil.which("compute-sanitizer") is None:
         session.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
     python_path = sys.executable if not session.virtualenv.is_sandboxed else "python"
-    windows = (f"packages/flash_window/tests/test_{kind}window_kernels.py" for kind in ("", "shifted_", "long_"))
-    cases = (
-        "window1d-shift-cells-gqa or neighborhood2d-cells or window2d-over or bits-dense "
-        "or 9-single-table or 49-low or 81-chunks or w7-15x17-padded or w9-single-cosine "
-        "or cut-289-flags-dropout-half or image-7-D256-padded-shifted"
-    )
-    kernels = [
-        "packages/core/tests/test_block_sparse_kernels.py", *windows, "-k", f"test_on_gpu and ({cases})"
-    ]  # fmt: skip
     # Without the cache of PyTorch's allocator an overrun leaves its tensor's own allocation and is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
-        session.run(*command, python_path, "-m", "pytest", *kernels, *session.posargs, env=environment, external=True)
+        tests = ["-m", "pytest", *sanitized(), *session.posargs]
+        session.run(*command, python_path, *tests, env=environment, external=True)
 
 
 @nox.session(default=False)
@@ -222,6 +276,7 @@ def prepare(
     *,
     groups: Sequence[str] = (),
     without: Collection[str] = LARGE_EXTRAS,
+    constraints: Path = CONSTRAINTS,
 ) -> None:
     """Make members (editable, with their extras but some) and dependency groups importable in this session."""
     if not session.virtualenv.is_sandboxed:
@@ -232,16 +287,28 @@ def prepare(
         extras = ",".join(
             extra for extra in MEMBERS[member]["project"].get("optional-dependencies", {}) if extra not in without
         )
-        editable += ["-e", f"packages/{member}[{extras}]" if extras else f"packages/{member}"]
+        folder = ROOT / "packages" / member
+        editable += ["-e", f"{folder}[{extras}]" if extras else str(folder)]
     if editable and "core" not in members:
         # pip, unlike uv, does not know workspace members and would look for core in the package index.
-        editable += ["-e", "packages/core"]
-    install(session, *editable, *nox.project.dependency_groups(PYPROJECT, *groups))
+        editable += ["-e", str(ROOT / "packages" / "core")]
+    install(session, *editable, *nox.project.dependency_groups(PYPROJECT, *groups), constraints=constraints)
 
 
-def install(session: nox.Session, *requirements: str) -> None:
+def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
     """Install at the committed pins, which hold for build backends too."""
-    session.install("-c", str(CONSTRAINTS), *requirements, env={"UV_BUILD_CONSTRAINT": str(CONSTRAINTS)})
+    session.install("-c", str(constraints), *requirements, env={"UV_BUILD_CONSTRAINT": str(CONSTRAINTS)})
+
+
+def oldest_pins() -> list[str]:
+    """The pins of constraints.txt with those of constraints-oldest.txt in place of its own.
+
+    CUDA's libraries are left out: each torch demands their versions itself.
+    """
+    lowest = [line for line in OLDEST.read_text().splitlines() if not line.startswith("#")]
+    replaced = {pin.split("==")[0] for pin in lowest}
+    pins = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(("cuda-", "nvidia-"))]
+    return [*lowest, *(pin for pin in pins if pin.split("==")[0] not in replaced)]
 
 
 def source_path(members: Iterable[str]) -> str:
@@ -285,6 +352,11 @@ def run_interpreter_tests(session: nox.Session, folders: Sequence[str]) -> None:
     environment = ONE_THREAD | {"TRITON_INTERPRET": "1"}
     arguments = [*in_parallel(session), *session.posargs]
     python(session, "-m", "pytest", "-m", "interpret", *files, *arguments, env=environment)
+
+
+def sanitized() -> list[str]:
+    """The tests of `SANITIZED` as pytest takes them: an unknown one is an error, which `-k` would pass over."""
+    return [f"packages/{test}[{case}]" for test, cases in SANITIZED.items() for case in cases]
 
 
 def in_parallel(session: nox.Session) -> list[str]:

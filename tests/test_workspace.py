@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -80,10 +81,14 @@ def test_no_module_is_named_for_nothing() -> None:
 # --- pins
 
 
+def constraints(name: str) -> list[str]:
+    return [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+
+
 def pins() -> dict[str, list[Requirement]]:
     """The lines of constraints.txt by distribution; a package may be pinned once per Python version."""
     found: dict[str, list[Requirement]] = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    for line in constraints("constraints.txt"):
         requirement = Requirement(line)
         found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
     return found
@@ -121,6 +126,55 @@ def test_bounds_found_by_trial_are_kept() -> None:
     assert {"mmengine==0.10.7", "mmpretrain==1.2.0", "mmcv-lite==2.2.0", "setuptools>=77,<82"} <= set(extra)
     assert any(line.startswith("torchvision") for line in extra)
     assert "torch>=2.11" in MEMBERS["core"]["project"]["dependencies"]
+
+
+def test_the_oldest_versions_are_the_declared_ones() -> None:
+    oldest = [Requirement(line) for line in constraints("constraints-oldest.txt")]
+    versions = {pin.name: Version(next(iter(pin.specifier)).version) for pin in oldest}
+    assert versions.keys() == {"torch", "torchvision", "triton", "numpy"}
+    bounds = {name: set[str]() for name in versions}
+    for owner, requirement in declared_requirements():
+        if requirement.name in versions:
+            assert versions[requirement.name] in requirement.specifier, f"{owner} needs {requirement}"
+            bounds[requirement.name].update(part.version for part in requirement.specifier if part.operator == ">=")
+    for name in versions.keys() - {"numpy"}:  # which Triton's interpreter bounds from above instead
+        assert {Version(bound) for bound in bounds[name]} == {versions[name]}
+    lowest_python = noxfile().LOWEST_PYTHON
+    assert all(member["project"]["requires-python"].startswith(f">={lowest_python},") for member in MEMBERS.values())
+
+
+# --- the sessions
+
+
+@cache
+def noxfile() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_sanitize_knows_its_tests() -> None:
+    wanted = noxfile().sanitized()
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", "-m", "gpu", *wanted]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    assert [line for line in listed.stdout.splitlines() if "::" in line] == wanted
+
+
+@each_member
+def test_sanitize_has_a_case_of_every_kernel(member: str) -> None:
+    kernels = {
+        node.name
+        for file in sources(member)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    tests = [cases for test, cases in noxfile().SANITIZED.items() if test.startswith(f"{member}/")]
+    assert {kernel for cases in tests for launched in cases.values() for kernel in launched} == kernels
 
 
 # --- what must never be committed
