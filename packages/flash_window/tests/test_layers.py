@@ -8,9 +8,7 @@ from torch.nn import functional as F
 from vitreous_core.ops.sum_norm import add_branch
 from vitreous_flash_window.layers import (
     DropPath,
-    GeluLinear,
     apply_norm,
-    gelu_linear,
     split_drop,
     sum_and_norm,
 )
@@ -78,34 +76,8 @@ class TestStochasticDepth:
         assert not dropped.any()
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_linear_has_the_gradients_of_its_parts(draw, approximate):
-    hidden, weight, bias = draw(2, 3, 6, grad=True), draw(4, 6, grad=True), draw(4, grad=True)
-    expected = F.linear(F.gelu(hidden, approximate=approximate), weight, bias)
-    torch.testing.assert_close(GeluLinear.apply(hidden, weight, bias, approximate), expected)
-    assert torch.autograd.gradcheck(lambda *leaves: GeluLinear.apply(*leaves, approximate), (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda *leaves: GeluLinear.apply(*leaves, None, approximate), (hidden, weight))
-
-
 @pytest.mark.gpu
 class TestOnAGpu:
-    def test_gelu_linear_keeps_less_and_gives_the_same(self):
-        torch.manual_seed(0)
-        linear, gelu = nn.Linear(384, 96).cuda(), nn.GELU()
-        hidden = torch.randn(4, 50, 384, device="cuda", requires_grad=True)
-        leaves, grads, kept = (hidden, linear.weight, linear.bias), [], []
-        for compute in (gelu_linear, lambda h, a, m: m(a(h))):
-            sizes = []
-            with torch.autocast("cuda", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(
-                lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t
-            ):  # fmt: skip
-                out = compute(hidden.bfloat16(), gelu, linear)
-            grads.append(torch.autograd.grad(out.float().square().sum(), leaves))
-            kept.append(sum(sizes))
-        assert kept[0] < 0.8 * kept[1]
-        for ours, theirs in zip(*grads, strict=True):
-            assert (ours - theirs).norm() <= 2 * torch.finfo(torch.bfloat16).eps * theirs.norm()
-
     @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32-stream", "bf16-stream"])
     @pytest.mark.parametrize("channels", [96, 384, 1536])
     def test_sums_and_norms_under_autocast(self, stream, channels):

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from vitreous_core.autocast import without_autocast
+from vitreous_core.ops.gelu_linear import has_hooks
 from vitreous_core.ops.sum_norm import add_branch, sum_norm
 
 LayerConfig = Mapping[str, Any]
@@ -82,54 +80,11 @@ def apply_norm(norm: nn.Module, x: Tensor, to_linear: bool = False) -> Tensor:
     return sum_norm(x, None, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)[1]
 
 
-def gelu_linear(hidden: Tensor, activation: nn.GELU, linear: nn.Linear) -> Tensor:
-    """`linear(activation(hidden))` that keeps `hidden` alone for the backward, and activates it again there.
-
-    Both are the largest tensors of a block; making the activated one again takes one pass over memory.
-    """
-    # Another kind of layer in its place, such as an adapter, does more than its weight says.
-    is_plain = type(linear) is nn.Linear and not _has_hooks(activation) and not _has_hooks(linear)
-    if not (is_plain and hidden.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()):
-        return linear(activation(hidden))
-    autocast = torch.is_autocast_enabled("cuda") and hidden.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cuda") if autocast else hidden.dtype
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    return GeluLinear.apply(hidden.to(dtype), linear.weight.to(dtype), bias, activation.approximate)
-
-
 def _is_plain(norm: nn.Module) -> bool:
     """Whether `norm` is a layer norm with both parameters and nobody listens to its calls."""
     if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
         return False
-    return not _has_hooks(norm)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-class GeluLinear(torch.autograd.Function):
-    """See `gelu_linear`; all tensors in one dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.approximate = approximate
-        with without_autocast(hidden):
-            return F.linear(F.gelu(hidden, approximate=approximate), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        hidden, weight = ctx.saved_tensors
-        rows, dweight, dbias = grad.flatten(0, -2), None, None
-        if ctx.needs_input_grad[1]:
-            dweight = rows.t() @ F.gelu(hidden, approximate=ctx.approximate).flatten(0, -2)
-        if ctx.needs_input_grad[2]:
-            dbias = rows.sum(0)
-        return torch.ops.aten.gelu_backward(grad @ weight, hidden, approximate=ctx.approximate), dweight, dbias, None
+    return not has_hooks(norm)
 
 
 _DROPOUTS = {"DropPath": DropPath, "Dropout": nn.Dropout}

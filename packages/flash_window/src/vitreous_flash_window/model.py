@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
+from vitreous_core.ops.gelu_linear import gelu_linear, has_hooks
 from vitreous_core.ops.sum_norm import add_branch
 
 from .attention import FlashShiftWindowMSA, FlashWindowMSAV2, init_linear
@@ -31,7 +32,6 @@ from .layers import (
     build_activation,
     build_dropout,
     build_norm,
-    gelu_linear,
     pair,
     split_drop,
     sum_and_norm,
@@ -674,8 +674,9 @@ class FeedForward(nn.Module):
             x = hidden_dropout(activation(layer(x)))
         layer, activation, hidden_dropout = hidden[-1]
         x = layer(x)
-        if type(activation) is nn.GELU and (hidden_dropout.p == 0.0 or not hidden_dropout.training):
-            x = gelu_linear(x, activation, linear)
+        is_gelu = type(activation) is nn.GELU and not has_hooks(activation)
+        if is_gelu and (hidden_dropout.p == 0.0 or not hidden_dropout.training):
+            x = gelu_linear(x, linear, activation.approximate)
         else:
             x = linear(hidden_dropout(activation(x)))
         x = dropout(x)

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
+from vitreous_core.ops.gelu_linear import gelu_linear
 from vitreous_core.ops.sum_norm import SumNorm, add_branch, sum_norm
 
 from .attention import Backend, CurveAttention, HilbertNeighborhoodAttention, HilbertWindowAttention
@@ -525,7 +526,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        return gelu_linear(self.fc1(tokens), self.fc2)
 
 
 @torch.compiler.assume_constant_result
