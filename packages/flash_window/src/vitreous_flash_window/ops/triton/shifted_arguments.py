@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import dot_precision, dropout_numbers, padded_head_dim, stride_alignment
-from .shifted_configs import Config, Tile, choose, deal
+from .shifted_configs import LARGEST_TILE, LARGEST_WAVES, Config, Tile, choose, deal
 
 NO_PADDING, ZERO_PADDING, TOKEN_PADDING = 0, 1, 2
 """What fills the image to whole windows: it needs nothing; zeros; a token given by the caller."""
@@ -98,7 +98,8 @@ class Shape(NamedTuple):
             zones = (batch * (rows - 1) * (columns - 1), batch * (columns - 1), batch * (rows - 1), batch)
         options = tile.options(self.tokens)
         owners = self.num_heads * tile.strips(self.tokens) * (options["CHUNKS"] if tiles else 1)
-        load, parts = deal(zones, owners, tile.programs, self.device)
+        waves = 1 if self.tokens <= LARGEST_TILE else LARGEST_WAVES
+        load, parts = deal(zones, owners, tile.programs, waves, self.device)
         align = stride_alignment(*self.strides, self.channels)
         numbers = (
             *(stride // align for stride in self.strides), *(self.table_strides or (0, 0)),

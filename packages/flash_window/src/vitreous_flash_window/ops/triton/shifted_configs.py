@@ -75,6 +75,12 @@ _FORWARD_CHUNKS, _QUERIES_CHUNKS, _KEYS_CHUNKS, _KEYS_NARROW = (3, 2, 64), (3, 2
 _BIAS, _BIAS_SLIM, _BIAS_REGISTERS = (3, 2, 64), (3, 3, 64), 168
 _SHARED_MEMORY = 227 * 1024
 
+LARGEST_WAVES = 4
+"""Waves that windows of several chunks may be dealt in; smaller windows fill the GPU once."""
+
+_COST_OF_A_WAVE = 2
+"""In windows: reading the bias, filling the pipeline, writing the partial bias gradient."""
+
 _LARGEST_WITH_BIAS = 144
 """N up to which the pass over queries has registers for the bias gradient beside the bias; cosines leave it none."""
 
@@ -114,21 +120,31 @@ def choose(tokens: int, head_dim: int, dtype: torch.dtype, precision: str, cosin
 
 
 @lru_cache(maxsize=1024)
-def deal(zones: tuple[int, ...], owners: int, programs: int, device: torch.device) -> tuple[int, int]:
+def deal(zones: tuple[int, ...], owners: int, programs: int, waves: int, device: torch.device) -> tuple[int, int]:
     """Deal out the windows of a batch: most windows of a part, all of one zone, and the number of parts.
 
     Args:
         zones: windows of each zone, see `image_addressing`.
         owners: programs per part.
-        programs: of each multiprocessor at once; parts fill the GPU once where windows suffice.
+        programs: of each multiprocessor at once; parts fill the GPU as often as `waves` where windows suffice.
+        waves: at most so many, where small parts leave less of the GPU idle than large ones.
         device: of the tensors.
     """
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-    most = max(multiprocessors * programs // owners, sum(size > 0 for size in zones))
-    load = -(-sum(zones) // most)
-    while sum(-(-size // load) for size in zones) > most:
-        load += load // 256 + 1
-    return load, sum(-(-size // load) for size in zones)
+    slots = multiprocessors * programs
+
+    def fill(waves: int) -> tuple[int, int]:
+        most = max(waves * slots // owners, sum(size > 0 for size in zones))
+        load = -(-sum(zones) // most)
+        while sum(-(-size // load) for size in zones) > most:
+            load += load // 256 + 1
+        return load, sum(-(-size // load) for size in zones)
+
+    def cost(dealt: tuple[int, int]) -> int:
+        load, parts = dealt
+        return -(-parts * owners // slots) * (load + _COST_OF_A_WAVE)
+
+    return min((fill(wave) for wave in range(1, waves + 1)), key=cost)
 
 
 def _power(number: int) -> int:
