@@ -19,6 +19,9 @@ RUNTIME_NUMBERS = (
 )  # fmt: skip
 """Integers that kernels must not be compiled anew for."""
 
+FAR_ENTRIES = 8
+"""Numbers from which on each entry of a table lies in a sector of its own: a gather then takes a cycle per number."""
+
 PLANS = 1024
 """How many shapes are remembered."""
 
@@ -149,6 +152,13 @@ class Problem(NamedTuple):
     shift_size: int
     scale: float
     dropout_p: float
+
+    def with_near_entries(self) -> Problem:
+        """Windows of several chunks gather much from the table: give them each head's entries next to each other."""
+        table = self.bias_table
+        if table is None or self.window_size**2 <= LARGEST_TILE or table.stride(0) < FAR_ENTRIES:
+            return self
+        return self._replace(bias_table=table.t().contiguous().t())
 
     def shape(self, dout: Tensor | None = None) -> Shape:
         """Everything about this problem but values; with the cotangent for the backward pass."""

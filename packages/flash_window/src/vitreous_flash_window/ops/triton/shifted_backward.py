@@ -600,6 +600,7 @@ def launch_shifted_backward(
         dpad.zero_()
     if not qkv.numel():
         return dqkv, dtable.zero_(), dpad, dlogit.zero_()
+    problem = problem.with_near_entries()
     shape = problem.shape(dout)
     sums_pad = needs_pad and shape.padding != NO_PADDING.value
     queries, keys, bias = _plan(shape, needs_table, sums_pad, needs_logit)
