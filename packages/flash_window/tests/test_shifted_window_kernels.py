@@ -120,6 +120,8 @@ SMALL = {
     "w4-strides": Problem(6, 8, 4, 2, batch=1, strides="gaps", head_dim=12),
     "w4-channels-first": Problem(4, 8, 4, 0, batch=1, strides="channels-first"),
     "w9-chunks-padded": Problem(14, 9, 9, 4, batch=1, heads=1),
+    "w9-many-heads": Problem(9, 9, 9, 0, batch=1, heads=8, head_dim=8, pad=False),
+    "w13-bias-gradient-apart": Problem(13, 13, 13, 6, batch=1, heads=1),
     "w9-chunks-cosine-dropout": Problem(9, 9, 9, 4, batch=1, heads=1, cosine=True, dropout_p=0.2),
 }
 
@@ -334,7 +336,9 @@ def test_fullgraph_compilation_as_the_first_call_and_with_new_sizes(where):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["swin-t-224-stage-1", "w7-15x17-padded-cosine", "w12-30x50-padded-dropout"])
+@pytest.mark.parametrize(
+    "name", ["swin-t-224-stage-1", "w7-15x17-padded-cosine", "w12-30x50-padded-dropout", "swin-14"]
+)
 def test_reruns_agree_bitwise(name):
     # Atomic adds into the bias gradient made the paper's kernel differ from run to run (defect 8).
     problem = replace(LARGE[name], batch=16)
