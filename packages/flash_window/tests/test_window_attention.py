@@ -205,17 +205,21 @@ class TestBackends:
         assert choose_backend("cpu", half, 49, 32) == choose_backend("cpu", single, 49, 32) == "torch"
 
     @pytest.mark.parametrize(
-        ("tokens", "head_dim", "precision", "expected"),
+        ("tokens", "head_dim", "precision", "on_image", "expected"),
         [
-            (64, 128, "highest", "triton"),
-            (65, 32, "highest", "torch"),
-            (1024, 32, "high", "triton"),
-            (49, 132, "highest", "torch"),
-            (49, 256, "medium", "torch"),
+            (64, 64, "highest", False, "triton"),
+            (65, 32, "highest", False, "torch"),
+            (1024, 32, "high", False, "triton"),
+            (49, 68, "highest", False, "torch"),
+            (64, 256, "medium", False, "triton"),
+            (64, 256, "medium", True, "torch"),
+            (65, 132, "high", False, "torch"),
         ],
     )
-    def test_auto_in_float32_is_triton_only_where_it_is_known_to_win(self, tokens, head_dim, precision, expected):
-        assert choose_backend("cuda", torch.float32, tokens, head_dim, precision) == expected
+    def test_auto_in_float32_is_triton_only_where_it_is_known_to_win(
+        self, tokens, head_dim, precision, on_image, expected
+    ):  # fmt: skip
+        assert choose_backend("cuda", torch.float32, tokens, head_dim, precision, on_image) == expected
 
     def test_auto_follows_the_matmul_precision(self, draw, monkeypatch):
         seen = []

@@ -128,6 +128,7 @@ LARGE = {
     "64-D32": Problem(64, 32, HALF, 4, 800, mask_windows=2, mask="bool"),
     "64-D256": Problem(64, 256, BRAIN, 4, 40),
     "64-D256-single": Problem(64, 256, SINGLE, 4, 40, 2, mask="bool", dropout_p=0.1),
+    "64-D64-single": Problem(64, 64, SINGLE, 2, 40, strides="packed"),
     "64-D128-single": Problem(64, 128, SINGLE, 2, 40, strides="strided"),
     "81-D32": Problem(81, 32, HALF, 2, 60, bias="low", dropout_p=0.2),
     "80-D32": Problem(80, 32, BRAIN, 3, 60, strides="packed"),
@@ -154,12 +155,8 @@ def test_on_gpu(name):
     check((SMALL | LARGE)[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "name", ["49-D32-single", "144-D32-single", "196-D32-single", "16-D256-single", "49-D128-single"]
-)
-def test_tf32_follows_the_switch(name):
-    problem = LARGE[name]
+def run_in_tf32(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results of the kernels in TF32, within the budget of the plain path in TF32, and the truth."""
     tensors = problem.tensors()
     truth = problem.run(tensors, "torch", torch.float64)
     with TF32Products():
@@ -171,6 +168,15 @@ def test_tf32_follows_the_switch(name):
     finally:
         torch.set_float32_matmul_precision(before)
     assert_within_budget(actual, truth, baseline)
+    return actual, truth
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["49-D32-single", "144-D32-single", "196-D32-single", "16-D256-single", "49-D128-single", "64-D64-single"]
+)
+def test_tf32_follows_the_switch(name):
+    actual, truth = run_in_tf32(LARGE[name])
     assert relative_error(actual["out"], truth["out"]) > 1e-5, "TF32 was not used"
 
 
@@ -178,6 +184,11 @@ both_devices = pytest.mark.parametrize(
     "where",
     [pytest.param("interpreter", marks=pytest.mark.interpret), pytest.param("gpu", marks=pytest.mark.gpu)],
 )
+
+
+@both_devices
+def test_a_short_forward_has_a_backward_tiled_along_the_head_dimension(where):
+    run_in_tf32(Problem(40, 36, SINGLE, 1, 2, 2, mask="bool", dropout_p=0.2))
 
 
 @both_devices

@@ -186,7 +186,7 @@ def shifted_window_attention(
     scale = _checked_scale(scale, head_dim)
     _check_dropout(dropout_p)
     precision = _matmul_precision()
-    problem = Problem(qkv.device, qkv.dtype, window_size**2, head_dim, matmul_precision=precision)
+    problem = Problem(qkv.device, qkv.dtype, window_size**2, head_dim, matmul_precision=precision, on_image=True)
     chosen = resolve(backend, problem)
     seed = as_seed(dropout_seed, qkv.device) if dropout_p > 0 else None
     run = contracts_shifted.shifted_window_attention if chosen == "triton" else reference.shifted_window_attention

@@ -26,6 +26,7 @@ class Problem:
         head_dim: D.
         mask_needs_grad: whether gradients are to flow into the mask.
         matmul_precision: what `torch.get_float32_matmul_precision` says; counts for float32 alone.
+        on_image: whether windows are yet to be cut from a packed image.
     """
 
     device: torch.device
@@ -34,16 +35,23 @@ class Problem:
     head_dim: int
     mask_needs_grad: bool = False
     matmul_precision: str = "highest"
+    on_image: bool = False
 
 
 def choose_backend(
-    device: torch.device | str, dtype: torch.dtype, tokens: int, head_dim: int, matmul_precision: str = "highest"
+    device: torch.device | str,
+    dtype: torch.dtype,
+    tokens: int,
+    head_dim: int,
+    matmul_precision: str = "highest",
+    on_image: bool = False,
 ) -> Backend:
     """What `backend="auto"` runs, by the problem alone: `"triton"` on a GPU where it is known to win, else `"torch"`.
 
-    It wins in half precision. In float32 no measurement says so of more than 128 channels, which spill, nor of more
-    than 64 tokens where products are full float32, for which there are no matrix units. Name `"triton"` there for its
-    memory, which does not grow with the square of the tokens.
+    It wins in half precision. In float32 with TF32 products it wins up to 128 channels, and in windows already cut, of
+    up to 64 tokens, with any number. Where products are full float32, for which there are no matrix units, it is known
+    to win up to 64 tokens and 64 channels. Name `"triton"` elsewhere for its memory, which does not grow with the
+    square of the tokens.
 
     A mask that needs gradients is the one thing beside these arguments that sends `auto` to `"torch"`.
 
@@ -53,8 +61,12 @@ def choose_backend(
         tokens: N, tokens per window.
         head_dim: D.
         matmul_precision: what `torch.get_float32_matmul_precision` says; `"highest"` is full float32.
+        on_image: whether it is `shifted_window_attention` that asks.
     """
-    return _choose(Problem(torch.device(device), dtype, tokens, head_dim, matmul_precision=matmul_precision))
+    problem = Problem(
+        torch.device(device), dtype, tokens, head_dim, matmul_precision=matmul_precision, on_image=on_image
+    )  # fmt: skip
+    return _choose(problem)
 
 
 def _choose(problem: Problem) -> Backend:
@@ -66,7 +78,9 @@ def _wins(problem: Problem) -> bool:
     """Whether the kernels are known to be faster than plain PyTorch, see `choose_backend`."""
     if problem.dtype != torch.float32:
         return True
-    return problem.head_dim <= 128 and (problem.tokens <= 64 or problem.matmul_precision != "highest")
+    if problem.matmul_precision == "highest":
+        return problem.head_dim <= 64 and problem.tokens <= 64
+    return problem.head_dim <= 128 or (problem.tokens <= 64 and not problem.on_image)
 
 
 def unsupported_reasons(backend: Backend, problem: Problem) -> list[str]:

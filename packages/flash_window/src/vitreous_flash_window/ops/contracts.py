@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .triton.arguments import new_statistics
-from .triton.configs import is_short, keeps_statistics, tiles_channels
+from .triton.configs import is_short, keeps_statistics, tiles_channels, tiles_channels_backward
 
 # `custom_op` would be shorter; its Python layers cost ten times as much per call as these, more than a small kernel.
 _library = torch.library.Library("vitreous_flash_window", "FRAGMENT")
@@ -66,7 +66,7 @@ def _forward(
         from .triton.window_forward import launch_forward
 
         return launch_forward(query, key, value, bias, mask, seed, scale, dropout_p)
-    if _tiles_channels(query):
+    if tiles_channels(query.dtype, query.shape[2], query.shape[3]):
         from .triton.window_channels import launch_channels_forward
 
         return launch_channels_forward(query, key, value, bias, mask, seed, scale, dropout_p)
@@ -100,14 +100,14 @@ def _backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (empty unless `needs_bias`); `out`, `statistics` as `_forward` keeps."""
+    if tiles_channels_backward(query.dtype, query.shape[2], query.shape[3]):
+        from .triton.window_channels import launch_channels_backward
+
+        return launch_channels_backward(dout, query, key, value, bias, mask, seed, scale, dropout_p, needs_bias)
     if _is_short(query):
         from .triton.window_backward import launch_backward
 
         return launch_backward(dout, query, key, value, out, statistics, bias, mask, seed, scale, dropout_p, needs_bias)
-    if _tiles_channels(query):
-        from .triton.window_channels import launch_channels_backward
-
-        return launch_channels_backward(dout, query, key, value, bias, mask, seed, scale, dropout_p, needs_bias)
     from .triton.long_backward import launch_long_backward
 
     assert out is not None
@@ -133,10 +133,6 @@ def _(
 
 def _is_short(query: Tensor) -> bool:
     return is_short(query.dtype, query.shape[2], query.shape[3])
-
-
-def _tiles_channels(query: Tensor) -> bool:
-    return tiles_channels(query.dtype, query.shape[2], query.shape[3])
 
 
 def _keeps_statistics(query: Tensor) -> bool:
