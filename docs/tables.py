@@ -228,7 +228,12 @@ def compared(origin: dict[str, Any]) -> Comparison | None:
 
 def side_by_side(runs: Sequence[dict[str, Row]], providers: Sequence[str], field: str, unit: str) -> str:
     """A field of the rows: cases apart by strokes, providers by arrows."""
-    return " → ".join(" / ".join(f"{run[name][field]:.3g}" for run in runs) for name in providers) + f" {unit}"
+    return " → ".join(" / ".join(three_digits(run[name][field]) for run in runs) for name in providers) + f" {unit}"
+
+
+def three_digits(number: float) -> str:
+    """Three significant digits, and all of an integral part that has more."""
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 @cache
