@@ -120,7 +120,6 @@ SMALL = {
     "w4-strides": Problem(6, 8, 4, 2, batch=1, strides="gaps", head_dim=12),
     "w4-channels-first": Problem(4, 8, 4, 0, batch=1, strides="channels-first"),
     "w9-chunks-padded": Problem(14, 9, 9, 4, batch=1, heads=1),
-    "w9-many-heads": Problem(9, 9, 9, 0, batch=1, heads=8, head_dim=8, pad=False),
     "w13-bias-gradient-apart": Problem(13, 13, 13, 6, batch=1, heads=1),
     "w9-chunks-cosine-dropout": Problem(9, 9, 9, 4, batch=1, heads=1, cosine=True, dropout_p=0.2),
 }

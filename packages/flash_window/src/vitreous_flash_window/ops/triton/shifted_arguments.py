@@ -19,9 +19,6 @@ RUNTIME_NUMBERS = (
 )  # fmt: skip
 """Integers that kernels must not be compiled anew for."""
 
-FAR_ENTRIES = 8
-"""Numbers from which on each entry of a table lies in a sector of its own: a gather then takes a cycle per number."""
-
 PLANS = 1024
 """How many shapes are remembered."""
 
@@ -102,7 +99,7 @@ class Shape(NamedTuple):
         options = tile.options(self.tokens)
         owners = self.num_heads * tile.strips(self.tokens) * (options["CHUNKS"] if tiles else 1)
         waves = 1 if self.tokens <= LARGEST_TILE else LARGEST_WAVES
-        load, parts = deal(zones, owners, tile.programs, waves, self.device)
+        load, parts = deal(zones, owners, tile.programs, waves, tile.cost_of_a_wave, self.device)
         align = stride_alignment(*self.strides, self.channels)
         numbers = (
             *(stride // align for stride in self.strides), *(self.table_strides or (0, 0)),
@@ -152,13 +149,6 @@ class Problem(NamedTuple):
     shift_size: int
     scale: float
     dropout_p: float
-
-    def with_near_entries(self) -> Problem:
-        """Windows of several chunks gather much from the table: give them each head's entries next to each other."""
-        table = self.bias_table
-        if table is None or self.window_size**2 <= LARGEST_TILE or table.stride(0) < FAR_ENTRIES:
-            return self
-        return self._replace(bias_table=table.t().contiguous().t())
 
     def shape(self, dout: Tensor | None = None) -> Shape:
         """Everything about this problem but values; with the cotangent for the backward pass."""

@@ -124,7 +124,7 @@ def _plan(shape: Shape) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:
 
 def launch_shifted_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output `[B, height, width, C]`, and statistics `[1 or 2, B*W, H, N]` (or `[0]`)."""
-    qkv, problem = problem.qkv, problem.with_near_entries()
+    qkv = problem.qkv
     shape = problem.shape()
     if not qkv.numel():
         batch, height, width, _ = shape.image
