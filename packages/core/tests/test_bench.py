@@ -424,6 +424,14 @@ def test_a_provider_left_out_of_the_newest_run_keeps_its_row_but_is_no_rival() -
     assert "| a/8 | fwd | 1.00 | 9.00 (run 1) | 30.0 | 50 % | 1 | 2 | flex: no row in this run |" in render.page(sheet)
 
 
+def test_only_the_newest_provider_of_ours_is_judged() -> None:
+    rows = [row("H1/a/8", "old-triton", 3.0, ours=True), row("H1/a/8", "flex", 9.0),
+            row("H1/a/8", "triton", 1.0, when="t2"), row("H1/a/8", "flex", 6.0, when="t2")]  # fmt: skip
+    (sheet,) = render.newest_sheets(rows)
+    ((ours, _, verdict),) = render.verdicts(sheet.of("H1"))
+    assert (ours["provider"], verdict.figure) == ("triton", 6.0)
+
+
 def test_notes_on_a_run_stand_beside_its_rows(tmp_path: Path) -> None:
     entry = row("H1/a/8", "triton", 1.0)
     path = row_file(tmp_path / "bench", entry)

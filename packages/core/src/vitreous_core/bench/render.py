@@ -174,11 +174,16 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
     """Our row, the goal and the verdict, for every goal of these rows."""
     found = []
     for (_, _), group in _by_case_and_mode(rows):
-        for ours in group:
-            if ours["ours"]:
-                rivals = {row["provider"]: row for row in group if row["time"] == ours["time"]}
-                found += [(ours, goal, judge(goal, ours, rivals)) for goal in ours["goals"]]
+        ours = our_row(group)
+        if ours is not None:
+            rivals = {row["provider"]: row for row in group if row["time"] == ours["time"]}
+            found += [(ours, goal, judge(goal, ours, rivals)) for goal in ours["goals"]]
     return found
+
+
+def our_row(rows: Sequence[Row]) -> Row | None:
+    """Of one case and mode: the newest row of ours. Which provider that is can change from run to run."""
+    return max((row for row in rows if row["ours"]), key=lambda row: row["time"], default=None)
 
 
 def mean_verdicts(rows: Sequence[Row]) -> list[str]:
@@ -278,7 +283,7 @@ def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
     lines = []
     for (case, mode), group in _by_case_and_mode(rows):
         by_provider = {row["provider"]: row for row in group}
-        ours = next((row for row in group if row["ours"]), None)
+        ours = our_row(group)
         time = (group[0] if ours is None else ours)["time"]
         cells = [case.partition("/")[2], mode]
         for provider in providers:
