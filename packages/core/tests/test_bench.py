@@ -89,6 +89,19 @@ def test_a_lock_is_held_while_measuring_and_not_while_compiling(tmp_path: Path) 
     assert not any(free[1:])
 
 
+def test_commands_with_one_lock_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("T/nothing", "T", Nothing(), (provider("triton"), provider("slow")), ("fwd",), "cpu")
+    times = iter(f"2026-01-01T00:00:0{second}+00:00" for second in range(9))
+    for module in ("rows", "runner"):
+        monkeypatch.setattr(f"vitreous_core.bench.{module}.now", lambda: next(times))
+    for name in ("triton", "slow"):
+        rows = run_rows(case, tmp_path, lock=tmp_path / "lock", provider_patterns=[name])
+    assert [row["provider"] for row in rows] == ["triton", "slow"]
+    assert rows[0]["time"] == rows[1]["time"]
+    apart = run_rows(case, tmp_path / "apart", provider_patterns=["slow"])
+    assert apart[0]["time"] > rows[0]["time"]
+
+
 @pytest.mark.parametrize("error", [0.6, math.nan])
 def test_a_wrong_provider_is_not_timed(tmp_path: Path, error: float) -> None:
     runs: list[int] = []

@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--lock", type=Path, metavar="FILE",
-        help="hold FILE while a case is measured: several commands then compile side by side and measure in turns",
+        help="hold FILE while a case is measured: several commands with one new FILE compile side by side, measure in "
+        "turns and are one run",
     )  # fmt: skip
 
 

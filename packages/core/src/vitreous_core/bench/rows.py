@@ -30,7 +30,7 @@ def environment(device: torch.device, commit: str | None = None) -> Row:
     commit, dirty = _commit() if commit is None else (commit.removesuffix("-dirty"), commit.endswith("-dirty"))
     return {
         "schema": SCHEMA,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "run": f"{datetime.now(UTC):%Y-%m-%d}-{(commit or 'unknown')[:7]}",
         "commit": commit,
         "dirty": dirty,
@@ -42,6 +42,11 @@ def environment(device: torch.device, commit: str | None = None) -> Row:
         "numba": _version("numba"),
         "python": platform.python_version(),
     }
+
+
+def now() -> str:
+    """The time as rows have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def device_name(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import BackendUnsupported, UserError
 from .case import Case, Gate, Prepared, Provider, Unavailable
 from .measure import Clock, DeviceClock, Roof, choose_clock, measure_roof, peak_mib, quantiles
-from .rows import Row, append_row, environment, row_file
+from .rows import Row, append_row, environment, now, row_file
 
 ROUNDS = 5
 """Times every provider gets its turn, each time in another order."""
@@ -66,8 +66,8 @@ def run(
         provider_patterns: only providers whose names match one of these.
         commit: recorded instead of what git says, where the sources are no checkout.
         compile_only: prepare and run every step once, so that compilers fill their caches on disk, and write nothing.
-        lock: a file that is held while a case is gated and timed: several runs then compile side by side, but measure
-            in turns.
+        lock: a file that is held while a case is gated and timed. Several commands with one file compile side by side,
+            measure in turns, and are one run: their rows have the time at which the first of them measured.
 
     Returns:
         The files written.
@@ -131,18 +131,25 @@ def run_case(
     contenders = _prepare_all(case, providers, device, console)
     if lock is not None:
         console.print(f"  {case.name} waits for {lock}", style="dim", highlight=False)
-    with _held(lock):
-        yield from _measure(case, contenders, device, roof())
+    with _held(lock) as shared:
+        for row in _measure(case, contenders, device, roof()):
+            yield {**row, **shared}
 
 
 @contextmanager
-def _held(lock: Path | None) -> Iterator[None]:
+def _held(lock: Path | None) -> Iterator[Row]:
+    """Hold the lock; what its rows share, which the first to hold it leaves in the file."""
     if lock is None:
-        yield
+        yield {}
         return
-    with lock.open("w") as file:
+    with lock.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        file.seek(0)
+        time = file.read() or now()
+        if file.tell() == 0:
+            file.write(time)
+            file.flush()
+        yield {"time": time}
 
 
 def _measure(case: Case, contenders: Sequence[_Contender], device: torch.device, roof: Roof) -> Iterator[Row]:
