@@ -52,6 +52,13 @@ def _load_chunk(
 
 
 @triton.jit
+def _addend(ptr, offset, rows, stride_row, stride_column, TOKENS: tl.constexpr, KIND: tl.constexpr):
+    """`addend_tile` of all rows and columns of a window."""
+    base = ptr + offset if KIND > 0 else 0
+    return addend_tile(base, rows[:, None], rows[None, :], stride_row, stride_column, TOKENS, KIND)
+
+
+@triton.jit
 def _store_product(
     left, factors, base, stride_n, stride_d, to, to_stride_n, to_stride_d, rows,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -93,14 +100,12 @@ def _channels_fwd_kernel(
     stride_vn = full_stride(stride_vn, ALIGN)
     stride_on = full_stride(stride_on, ALIGN)
     rows = tl.arange(0, ROWS)
-    bias_base = bias_ptr + head * stride_bh if BIAS > 0 else 0
-    bias = addend_tile(bias_base, rows[:, None], rows[None, :], stride_bq, stride_bk, TOKENS, BIAS)
+    bias = _addend(bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, BIAS)
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
         addend = bias
         if MASK > 0:
-            of_group = mask_ptr + tl.cast(group, tl.int64) * stride_mw
-            addend += addend_tile(of_group, rows[:, None], rows[None, :], stride_mq, stride_mk, TOKENS, MASK)
+            addend += _addend(mask_ptr, tl.cast(group, tl.int64) * stride_mw, rows, stride_mq, stride_mk, TOKENS, MASK)
         begin, end, step = walk(group, part, parts, windows, mask_windows, MASK)
         for item in range(begin, end, step):
             window = tl.cast(item, tl.int64)
@@ -162,15 +167,13 @@ def _channels_bwd_kernel(
     stride_dkn = full_stride(stride_dkn, ALIGN)
     stride_dvn = full_stride(stride_dvn, ALIGN)
     rows = tl.arange(0, ROWS)
-    bias_base = bias_ptr + head * stride_bh if BIAS > 0 else 0
-    bias = addend_tile(bias_base, rows[:, None], rows[None, :], stride_bq, stride_bk, TOKENS, BIAS)
+    bias = _addend(bias_ptr, head * stride_bh, rows, stride_bq, stride_bk, TOKENS, BIAS)
     total = tl.zeros([ROWS, ROWS], tl.float32)
     first_group, last_group = mask_groups(part, parts, windows, mask_windows, MASK)
     for group in range(first_group, last_group):
         addend = bias
         if MASK > 0:
-            of_group = mask_ptr + tl.cast(group, tl.int64) * stride_mw
-            addend += addend_tile(of_group, rows[:, None], rows[None, :], stride_mq, stride_mk, TOKENS, MASK)
+            addend += _addend(mask_ptr, tl.cast(group, tl.int64) * stride_mw, rows, stride_mq, stride_mk, TOKENS, MASK)
         begin, end, step = walk(group, part, parts, windows, mask_windows, MASK)
         for item in range(begin, end, step):
             window = tl.cast(item, tl.int64)
