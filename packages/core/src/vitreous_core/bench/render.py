@@ -251,20 +251,27 @@ def index_page(sheets: Sequence[Sheet], quotes: Sequence[Quote] = ()) -> str:
 
 
 def page(sheet: Sheet) -> str:
-    """One sheet: where it was measured, then a table and the figures of each mark."""
-    parts = [MADE_BY, f"# {sheet.suite} on {sheet.device}\n", _machine(sheet)]
+    """One sheet: of each mark the speed-ups, the table and other figures; where it was measured at the end."""
+    parts = [MADE_BY, f"# {sheet.suite} on {sheet.device}\n"]
     drawn = [name for name, _ in figures(sheet)]
-    parts += [f"![roofline](../figures/{name}.png)\n" for name in drawn if name == f"{sheet.name}-roofline"]
+    parts += [_picture(name) for name in drawn if name == f"{sheet.name}-roofline"]
     for mark in sheet.marks():
         rows = sheet.of(mark)
+        of_mark = [name for name in drawn if _mark_of(name, sheet) == mark]
         parts += [
             f"## {mark}\n",
+            *[_picture(name) for name in of_mark if name.endswith("-speed-up")],
             mark_table(rows, sheet.runs()),
             *[f"{sentence}\n" for sentence in mean_verdicts(rows)],
+            *_reasons(rows),
+            *[_picture(name) for name in of_mark if not name.endswith("-speed-up")],
         ]
-        parts += _reasons(rows)
-        parts += [f"![{name}](../figures/{name}.png)\n" for name in drawn if _mark_of(name, sheet) == mark]
+    parts += ["## Runs\n", _machine(sheet)]
     return "\n".join(parts)
+
+
+def _picture(name: str) -> str:
+    return f"![{name}](../figures/{name}.png)\n"
 
 
 def _mark_of(figure: str, sheet: Sheet) -> str | None:
@@ -274,18 +281,23 @@ def _mark_of(figure: str, sheet: Sheet) -> str | None:
 
 
 def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
-    """Milliseconds by provider, our share of the roof, and the verdicts; with the run where there are several."""
+    """The verdicts, milliseconds by provider and our share of the roof; with the run where there are several."""
     providers = list(dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: not row["ours"])))
     has_roof = any("roof_pct" in row for row in rows)
     has_memory = any(row.get("peak_mib") for row in rows)
-    header = ["case", "mode", *(f"{provider} ms" for provider in providers)]
-    header += ["roof"] * has_roof + ["peak MiB"] * has_memory + ["run"] * (len(runs) > 1) + ["mark"]
+    has_goals = any(row["goals"] for row in rows)
+    header = ["case", "mode"] + ["mark"] * has_goals + [f"{provider} ms" for provider in providers]
+    header += ["roof"] * has_roof + ["peak MiB"] * has_memory + ["run"] * (len(runs) > 1)
     lines = []
     for (case, mode), group in _by_case_and_mode(rows):
         by_provider = {row["provider"]: row for row in group}
         ours = our_row(group)
         time = (group[0] if ours is None else ours)["time"]
         cells = [case.partition("/")[2], mode]
+        if has_goals:
+            # Unbroken lines keep the rows of a wide table low.
+            texts = (verdict.text.replace(" ", "\N{NO-BREAK SPACE}") for _, _, verdict in verdicts(group))
+            cells.append("<br>".join(texts))
         for provider in providers:
             row = by_provider.get(provider)
             other = "" if row is None or row["time"] == time else f" (run {runs[row['time']]})"
@@ -297,7 +309,6 @@ def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
             cells.append("" if most is None else f"{most:.0f}")
         if len(runs) > 1:
             cells.append(str(runs[time]))
-        cells.append("<br>".join(verdict.text for _, _, verdict in verdicts(group)))
         lines.append(cells)
     return markdown_table(header, lines)
 
@@ -310,16 +321,19 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _machine(sheet: Sheet) -> str:
     any_row = {row["time"]: row for row in sheet.rows}
-    lines = []
+    lines, noted = [], set()
     for time, number in sheet.runs().items():
         row = any_row[time]
         software = [f"{name} {row[name]}" for name in ("driver", "torch", "triton", "numba", "python") if row[name]]
         rates = ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in row["matmul_tflop_per_s"].items())
         commit = f"{(row['commit'] or 'unknown')[:7]}{' with changes' if row['dirty'] else ''}"
+        note = sheet.notes.get(time)
+        is_new = note is not None and note not in noted
+        noted.add(note)
         lines.append(
             f"{number}. {time}, commit {commit}: {', '.join(software)}; copy {row['copy_tb_per_s']:.2f} TB/s"
             + (f", products {rates}" if rates else "")
-            + (f". {sheet.notes[time]}" if time in sheet.notes else "")
+            + (f". {note}" if is_new else "")
         )
     return "\n".join(lines) + "\n"
 
