@@ -10,7 +10,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vitreous_core.ops.gelu_linear import GeluLinear, gelu_linear
+from vitreous_core.gelu_linear import GeluLinear, gelu_linear
 
 
 def double(*shape: int) -> Tensor:

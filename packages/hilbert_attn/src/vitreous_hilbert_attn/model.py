@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
-from vitreous_core.ops.gelu_linear import gelu_linear
+from vitreous_core.gelu_linear import gelu_linear
 from vitreous_core.ops.sum_norm import SumNorm, add_branch, sum_norm
 
 from .attention import Backend, CurveAttention, HilbertNeighborhoodAttention, HilbertWindowAttention

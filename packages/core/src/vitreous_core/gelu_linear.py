@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..autocast import without_autocast
+from .autocast import without_autocast
 
 
 def gelu_linear(hidden: Tensor, linear: nn.Module, approximate: str = "none") -> Tensor:
