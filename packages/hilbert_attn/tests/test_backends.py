@@ -55,9 +55,10 @@ def check(case: Case, backend: str) -> None:
     build, size, dtype = case
     torch.manual_seed(0)
     module = build()
-    # Triton's interpreter sums the products of each pass in another order, which a GPU does not: in fp32 the weights are
-    # then not those that the log-sum-exp is of, and once scores pass 10 it shows. With biases of 1 some draws (PyTorch
-    # versions draw differently) had gradients of 3 times the plain path's error there, with 0.5 of at most 2.0 times.
+    # Triton's interpreter sums the products of each pass in another order, which a GPU does not: in fp32 the weights
+    # are then not those that the log-sum-exp is of, and once scores pass 10 it shows. With biases of 1 some draws
+    # (PyTorch versions draw differently) had gradients of 3 times the plain path's error there, with 0.5 of at most 2.0
+    # times.
     bias = 0.5 if INTERPRETED and dtype == SINGLE else 1.0
     for parameter in module.parameters():
         # Weights that the dtype under test holds exactly, biases that matter.
