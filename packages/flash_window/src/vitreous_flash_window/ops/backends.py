@@ -65,7 +65,7 @@ def choose_backend(
     """
     problem = Problem(
         torch.device(device), dtype, tokens, head_dim, matmul_precision=matmul_precision, on_image=on_image
-    )  # fmt: skip
+    )
     return _choose(problem)
 
 
