@@ -35,6 +35,21 @@ def outer_strides(tensor: Tensor) -> tuple[int, int, int]:
     )
 
 
+def aligned_strides(*tensors: Tensor) -> tuple[int, list[list[int]]]:
+    """Common factor of all strides but the last of each tensor, and each one's strides, those over it."""
+    outer = [outer_strides(tensor) for tensor in tensors]
+    align = stride_alignment(*(stride for strides in outer for stride in strides))
+    return align, [
+        [*(stride // align for stride in strides), tensor.stride(3)]
+        for strides, tensor in zip(outer, tensors, strict=True)
+    ]
+
+
+def addend_strides(bias: Tensor | None, mask: Tensor | None) -> list[int]:
+    """Strides of both, zeros where there is none."""
+    return [stride for addend in (bias, mask) for stride in ((0, 0, 0) if addend is None else addend.stride())]
+
+
 def addend_kind(addend: Tensor | None) -> int:
     """How kernels read a bias or mask."""
     if addend is None:

@@ -17,13 +17,13 @@ from torch import Tensor
 from .arguments import (
     addend_kind,
     addend_pointer,
+    addend_strides,
+    aligned_strides,
     device_of,
     dot_precision,
     dropout_numbers,
-    outer_strides,
     padded_head_dim,
     split_statistics,
-    stride_alignment,
 )
 from .bias_gradient import fold_rows
 from .configs import choose_bias_gradient, choose_keys, choose_rows, count_parts, count_parts_and_rest, tile_constants
@@ -43,11 +43,9 @@ def launch_backward(
     dbias = query.new_empty((heads, tokens, tokens), dtype=bias.dtype) if needs_bias else query.new_empty(0)
     if query.numel() == 0:
         return dq, dk, dv, dbias.zero_()
-    align, strides = _strides(query, key, value, dout, query if out is None else out, dq, dk, dv)
+    align, strides = aligned_strides(query, key, value, dout, query if out is None else out, dq, dk, dv)
     addends = bias, addend_pointer(mask), seed
-    addend_strides = [
-        *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride())
-    ]  # fmt: skip
+    strides_of_addends = addend_strides(bias, mask)
     threshold, keep_scale = dropout_numbers(dropout_p)
     numbers = [heads, windows, 1 if mask is None else mask.shape[0]]
     factors = [scale, scale * LOG2E.value, threshold, keep_scale]
@@ -70,7 +68,7 @@ def launch_backward(
                 rest_partials = query.new_empty((rest_parts, heads, tokens - end, tokens), dtype=torch.float32)
             _window_bwd_rows_kernel[((parts * tile.strips + rest_parts) * heads,)](
                 query, key, value, dout, out, lse, inverse, dq, dk, dv, *addends, partials, rest_partials, delta,
-                *chain(*strides), *addend_strides, *numbers, parts, rest_parts, *factors, NEEDS_BIAS=sums_bias,
+                *chain(*strides), *strides_of_addends, *numbers, parts, rest_parts, *factors, NEEDS_BIAS=sums_bias,
                 FIRST=tile.first, REST=tile.rest, **tile_constants(tile), **constants,
             )  # fmt: skip
             if sums_bias:
@@ -82,22 +80,12 @@ def launch_backward(
                 parts = count_parts(query.device, tile, windows, heads)
                 _window_bwd_keys_kernel[(parts * heads * tile.strips,)](
                     query, key, value, dout, lse, inverse, delta, dk, dv, *addends,
-                    *chain(*strides[:4], *strides[6:]), *addend_strides, *numbers, parts, *factors,
+                    *chain(*strides[:4], *strides[6:]), *strides_of_addends, *numbers, parts, *factors,
                     FIRST=tile.first, **tile_constants(tile), **constants,
                 )  # fmt: skip
         if bias_tile is not None:
             launch_bias_gradient(
                 dbias, bias_tile, (query, key, value, dout, lse, inverse, delta, *addends),
-                [*chain(*strides[:4]), *addend_strides], numbers, factors[1:], constants,
+                [*chain(*strides[:4]), *strides_of_addends], numbers, factors[1:], constants,
             )  # fmt: skip
     return dq, dk, dv, dbias
-
-
-def _strides(*tensors: Tensor) -> tuple[int, list[list[int]]]:
-    """Common factor of all strides but the last of each tensor, and the strides over it."""
-    outer = [outer_strides(tensor) for tensor in tensors]
-    align = stride_alignment(*(stride for strides in outer for stride in strides))
-    return align, [
-        [*(stride // align for stride in strides), tensor.stride(3)]
-        for strides, tensor in zip(outer, tensors, strict=True)
-    ]

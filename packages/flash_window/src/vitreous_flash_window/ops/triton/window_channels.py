@@ -1,5 +1,7 @@
 """Kernels of windows whose scores are one tile, but whose rows have too many channels to be on chip at once.
 
+The backward pass takes some whose rows would fit, too: `configs.tiles_channels_backward`.
+
 Both tile along the head dimension, as the paper's kernel does: the tile of scores is a sum over chunks of channels, and
 outputs and gradients are made chunk by chunk from the weights, so that every input is read once or, in the backward
 pass, twice, the second time mostly from a cache. Programs walk over many windows of one head and keep its bias, and the
@@ -9,6 +11,8 @@ partial sum of the bias gradient, in registers. Rows are fp32: in half precision
 # mypy: ignore-errors
 
 from __future__ import annotations
+
+from itertools import chain
 
 import torch
 import triton
@@ -20,11 +24,11 @@ from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_k
 from .arguments import (
     addend_kind,
     addend_pointer,
+    addend_strides,
+    aligned_strides,
     device_of,
     dot_precision,
     dropout_numbers,
-    outer_strides,
-    stride_alignment,
 )
 from .bias_gradient import fold_rows
 from .configs import choose_channels, count_parts
@@ -231,12 +235,12 @@ def launch_channels_forward(
     out, statistics = torch.empty_like(query), query.new_empty(0, dtype=torch.float32)
     if not out.numel():
         return out, statistics
-    align, strides = _strides(query, key, value, out)
+    align, strides = aligned_strides(query, key, value, out)
     tile = choose_channels(tokens, head_dim, dot_precision(query.dtype)).forward
     parts = count_parts(query.device, tile, windows, heads)
     with device_of(query):
         _channels_fwd_kernel[(parts * heads,)](
-            query, key, value, out, bias, addend_pointer(mask), seed, *strides, *_addend_strides(bias, mask),
+            query, key, value, out, bias, addend_pointer(mask), seed, *chain(*strides), *addend_strides(bias, mask),
             heads, windows, 1 if mask is None else mask.shape[0], parts,
             scale * LOG2E.value, *dropout_numbers(dropout_p),
             BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
@@ -256,14 +260,14 @@ def launch_channels_backward(
     dbias = query.new_empty((heads, tokens, tokens), dtype=bias.dtype) if needs_bias else query.new_empty(0)
     if not query.numel():
         return dq, dk, dv, dbias.zero_()
-    align, strides = _strides(query, key, value, dout, dq, dk, dv)
+    align, strides = aligned_strides(query, key, value, dout, dq, dk, dv)
     tile = choose_channels(tokens, head_dim, dot_precision(query.dtype)).backward
     parts = count_parts(query.device, tile, windows, heads)
     partials = query.new_empty((parts, heads, tokens, tokens), dtype=torch.float32) if needs_bias else None
     with device_of(query):
         _channels_bwd_kernel[(parts * heads,)](
-            query, key, value, dout, dq, dk, dv, bias, addend_pointer(mask), seed, partials, *strides,
-            *_addend_strides(bias, mask), heads, windows, 1 if mask is None else mask.shape[0], parts,
+            query, key, value, dout, dq, dk, dv, bias, addend_pointer(mask), seed, partials, *chain(*strides),
+            *addend_strides(bias, mask), heads, windows, 1 if mask is None else mask.shape[0], parts,
             scale, scale * LOG2E.value, *dropout_numbers(dropout_p),
             BIAS=addend_kind(bias), NEEDS_BIAS=needs_bias, MASK=addend_kind(mask), DROPOUT=seed is not None,
             ALIGN=align, TOKENS=tokens, HEAD_DIM=head_dim, ROWS=tile.rows, CHUNK=tile.columns,
@@ -272,17 +276,3 @@ def launch_channels_backward(
         if partials is not None:
             fold_rows(partials, dbias, 0)
     return dq, dk, dv, dbias
-
-
-def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """Common factor of all strides but the last of each tensor, and the strides, those over it."""
-    outer = [outer_strides(tensor) for tensor in tensors]
-    align = stride_alignment(*(stride for strides in outer for stride in strides))
-    flat = []
-    for strides, tensor in zip(outer, tensors, strict=True):
-        flat += [*(stride // align for stride in strides), tensor.stride(3)]
-    return align, flat
-
-
-def _addend_strides(bias: Tensor | None, mask: Tensor | None) -> list[int]:
-    return [*((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride())]

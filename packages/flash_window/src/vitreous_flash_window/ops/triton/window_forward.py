@@ -8,6 +8,8 @@ queries, keys and values of the next windows are on their way. Keys come in chun
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +20,14 @@ from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_k
 from .arguments import (
     addend_kind,
     addend_pointer,
+    addend_strides,
+    aligned_strides,
     device_of,
     dot_precision,
     dropout_numbers,
     new_statistics,
-    outer_strides,
     padded_head_dim,
     split_statistics,
-    stride_alignment,
 )
 from .configs import choose_forward, count_parts, keeps_statistics, tile_constants
 from .tile_math import (
@@ -148,20 +150,15 @@ def launch_forward(
     statistics = new_statistics(query, windows, heads, tokens) if kept else query.new_empty(0, dtype=torch.float32)
     if out.numel() == 0:
         return out, statistics
-    tensors = (query, key, value, out)
-    outer = [outer_strides(tensor) for tensor in tensors]
-    align = stride_alignment(*(stride for strides in outer for stride in strides))
-    q, k, v, o = (
-        [*(s // align for s in strides), tensor.stride(3)] for strides, tensor in zip(outer, tensors, strict=True)
-    )
+    align, strides = aligned_strides(query, key, value, out)
     threshold, keep_scale = dropout_numbers(dropout_p)
     pointers = split_statistics(statistics) if kept else (None, None)
     tile = choose_forward(query.dtype, tokens, head_dim)
     parts = count_parts(query.device, tile, windows, heads)
     with device_of(query):
         _window_fwd_kernel[(parts * heads * tile.strips,)](
-            query, key, value, out, *pointers, bias, addend_pointer(mask), seed, *q, *k, *v, *o,
-            *((0, 0, 0) if bias is None else bias.stride()), *((0, 0, 0) if mask is None else mask.stride()),
+            query, key, value, out, *pointers, bias, addend_pointer(mask), seed, *chain(*strides),
+            *addend_strides(bias, mask),
             heads, windows, 1 if mask is None else mask.shape[0], parts,
             scale * LOG2E.value, threshold, keep_scale,
             BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
