@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .autocast import without_autocast
+from .autocast import to_autocast, without_autocast
 
 
 def gelu_linear(hidden: Tensor, linear: nn.Module, approximate: str = "none") -> Tensor:
@@ -35,10 +35,9 @@ def gelu_linear(hidden: Tensor, linear: nn.Module, approximate: str = "none") ->
         return linear(checkpoint(F.gelu, hidden, use_reentrant=False, approximate=approximate))
     if not is_plain or torch.compiler.is_compiling() or not hidden.is_cuda:
         return linear(F.gelu(hidden, approximate=approximate))
-    autocast = torch.is_autocast_enabled("cuda") and hidden.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cuda") if autocast else hidden.dtype
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    out: Tensor = GeluLinear.apply(hidden.to(dtype), linear.weight.to(dtype), bias, approximate)
+    hidden = to_autocast(hidden)
+    bias = None if linear.bias is None else linear.bias.to(hidden.dtype)
+    out: Tensor = GeluLinear.apply(hidden, linear.weight.to(hidden.dtype), bias, approximate)
     return out
 
 
