@@ -66,8 +66,8 @@ def run(
         provider_patterns: only providers whose names match one of these.
         commit: recorded instead of what git says, where the sources are no checkout.
         compile_only: prepare and run every step once, so that compilers fill their caches on disk, and write nothing.
-        lock: a file that is held while a case is gated and timed. Several commands with one file compile side by side,
-            measure in turns, and are one run: their rows have the time at which the first of them measured.
+        lock: a file that is held while a case is gated and timed. Several commands with one new file compile side by
+            side, measure in turns, and are one run: their rows have the time at which the first of them measured.
 
     Returns:
         The files written.
@@ -145,8 +145,9 @@ def _held(lock: Path | None) -> Iterator[Row]:
     with lock.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        time = file.read() or now()
-        if file.tell() == 0:
+        time = file.read()
+        if not time:
+            time = now()
             file.write(time)
             file.flush()
         yield {"time": time}
