@@ -59,7 +59,7 @@ QUOTED_HEADER = ("network", "quoted", "on", "setting", "source", "ours", "on", "
 
 
 def quoted_rows(quotes: Sequence[Quote], rows: Iterable[Row]) -> list[list[str]]:
-    """A line of the table for each quote, with the newest row of ours if there is one."""
+    """A line of the table for each quote, with our newest row of inference if there is one."""
     newest: dict[tuple[str, str, str | None], Row] = {}
     for row in rows:
         if row["state"] == "ok" and row["mode"] == "infer":
@@ -81,7 +81,7 @@ def quoted_rows(quotes: Sequence[Quote], rows: Iterable[Row]) -> list[list[str]]
 
 
 def _in_unit(row: Row, unit: str) -> str:
-    """Three significant digits."""
+    """Milliseconds of one image or images a second, with three significant digits."""
     of_one = row["latency_ms_p50"] / row["facts"]["batch"]
     rounded = f"{of_one if unit == 'ms' else 1000 / of_one:.3g}"
     return f"{float(rounded):,.0f}" if float(rounded) >= 100 else rounded

@@ -320,6 +320,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _machine(sheet: Sheet) -> str:
+    """A line for each run; a note that several share stands at the first."""
     any_row = {row["time"]: row for row in sheet.rows}
     lines, noted = [], set()
     for time, number in sheet.runs().items():
