@@ -185,8 +185,8 @@ def sanitize(session: nox.Session) -> None:
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
-        tests = ["-m", "pytest", *sanitized(), *session.posargs]
-        session.run(*command, python_path, *tests, env=environment, external=True)
+        pytest = [python_path, "-m", "pytest", *sanitized(), *session.posargs]
+        session.run(*command, *pytest, env=environment, external=True)
 
 
 @nox.session(default=False)
@@ -296,7 +296,7 @@ def prepare(
 
 
 def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
-    """Install at the committed pins, which hold for build backends too."""
+    """Install at the committed pins, or others; build backends come at the committed ones either way."""
     session.install("-c", str(constraints), *requirements, env={"UV_BUILD_CONSTRAINT": str(CONSTRAINTS)})
 
 

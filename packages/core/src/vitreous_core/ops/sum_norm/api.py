@@ -1,4 +1,4 @@
-"""The public function and module: contract, plain path, derivative and choice of backend.
+"""The public functions and module: contract, plain path, derivative and choice of backend.
 
 A pre-norm transformer block adds a branch to its tokens and normalises the sum. In eager PyTorch under autocast that is
 a scaling, a sum, a layer norm in fp32 and a cast, each a pass over memory, and at the few channels of early vision
