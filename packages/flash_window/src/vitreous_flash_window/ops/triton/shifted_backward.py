@@ -437,14 +437,14 @@ def _shifted_bwd_keys_kernel(
 
 @triton.jit
 def numbers_of_window(
-    ptr, item, past, zone, head, heads, window_rows, window_columns, rows, other,
+    ptr, item, past, zone, head, heads, window_rows, window_columns, rows,
     TOKENS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of the rows of one head of window `item`, `other` if that is past the last one."""
+    """Numbers of the rows of one head of window `item`, zeros if that is past the last one."""
     image, row, column = window_place(item, zone, window_rows, window_columns, SHIFT)
     window_head = ((image * window_rows + row) * window_columns + column) * heads + head
     is_row = rows < tl.where(item < past, TOKENS, 0)
-    return tl.load(ptr + tl.cast(window_head, tl.int64) * TOKENS + rows, mask=is_row, other=other)
+    return tl.load(ptr + tl.cast(window_head, tl.int64) * TOKENS + rows, mask=is_row, other=0.0)
 
 
 @triton.jit(do_not_specialize=RUNTIME_NUMBERS)
@@ -481,11 +481,9 @@ def _shifted_bwd_bias_kernel(
     )
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     # Numbers of the rows are no operands of a product, so the pipeline would not fetch them ahead.
-    lse = numbers_of_window(
-        lse_ptr, first, past, zone, head, heads, window_rows, window_columns, rows, 0.0, TOKENS, SHIFT
-    )
+    lse = numbers_of_window(lse_ptr, first, past, zone, head, heads, window_rows, window_columns, rows, TOKENS, SHIFT)
     delta = numbers_of_window(
-        delta_ptr, first, past, zone, head, heads, window_rows, window_columns, rows, 0.0, TOKENS, SHIFT
+        delta_ptr, first, past, zone, head, heads, window_rows, window_columns, rows, TOKENS, SHIFT
     )
     for item in tl.range(first, past, step, num_stages=STAGES):
         image, row, column = window_place(item, zone, window_rows, window_columns, SHIFT)
@@ -494,10 +492,10 @@ def _shifted_bwd_bias_kernel(
         qkv_image = qkv_ptr + image.to(tl.int64) * stride_b * ALIGN
         dout_image = dout_ptr + image.to(tl.int64) * stride_gb * ALIGN
         next_lse = numbers_of_window(
-            lse_ptr, item + step, past, zone, head, heads, window_rows, window_columns, rows, 0.0, TOKENS, SHIFT
+            lse_ptr, item + step, past, zone, head, heads, window_rows, window_columns, rows, TOKENS, SHIFT
         )
         next_delta = numbers_of_window(
-            delta_ptr, item + step, past, zone, head, heads, window_rows, window_columns, rows, 0.0, TOKENS, SHIFT
+            delta_ptr, item + step, past, zone, head, heads, window_rows, window_columns, rows, TOKENS, SHIFT
         )
         q = load_tokens(
             qkv_image, pad_ptr, channel, rows, offs_d, place, stride_y, stride_x,
