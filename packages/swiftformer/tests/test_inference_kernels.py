@@ -220,7 +220,7 @@ def test_a_network_in_deploy_mode(where: str, build: Any, tiny: dict[str, Any]) 
         switch_to_deploy(model)
         with Recorder() as recorder:
             results[backend] = model(images)
-    # Stem and two between stages; one MLP of each of five blocks and of each of three attention blocks.
+    # Two in the stem and two between stages; one MLP in each of five blocks, another in the three with attention.
     assert recorder.counts == {"halving_convolution": 4, "additive_attention_packed": 3, "pointwise_mlp": 5 + 3}
     own = relative_error(results["torch"], truth)
     assert relative_error(results["triton"], truth) <= 2 * (own + torch.finfo(HALF).eps / 2)

@@ -44,7 +44,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def is_half_channels_last(x: Tensor) -> bool:
-    """Whether a map or weight is channels-last in half precision; not one of a single position, which says nothing."""
+    """Whether a map or weight is channels-last in half precision; not if of one position or channel."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
