@@ -36,11 +36,10 @@ def test_providers_agree(name: str) -> None:
     assert gate.passed, gate
 
 
-@pytest.mark.parametrize("name", ["s-batch1", "xs-batch128"])
+@pytest.mark.parametrize("name", ["S1-variants/s-batch1", "S1-float32/xs-batch128"])
 def test_every_provider_of_a_variant_and_in_float32_is_built_and_agrees(name: str) -> None:
     pytest.importorskip("timm", reason="timm is not installed: nothing of it is compared")
-    mark = "S1-variants" if name.endswith("batch1") else "S1-float32"
-    (case,) = (case for case in bench.cases() if case.name == f"{mark}/{name}")
+    (case,) = (case for case in bench.cases() if case.name == name)
     problem = replace(case.problem, batch=2, dtype="float32")
     for provider in case.providers:
         prepared = provider.prepare(problem, torch.device("cpu"))
