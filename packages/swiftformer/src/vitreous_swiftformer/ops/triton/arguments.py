@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -29,17 +28,11 @@ def strides_of(*tensors: Tensor) -> tuple[int, list[int]]:
         for tensor in tensors
         for size, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
     ]
-    align = alignment(outer)
+    align = next((number for number in _ALIGNMENTS if all(stride % number == 0 for stride in outer)), 1)
     strides = []
     for i, tensor in enumerate(tensors):
         strides += [outer[2 * i] // align, outer[2 * i + 1] // align, tensor.stride(2)]
     return align, strides
-
-
-def alignment(strides: Iterable[int]) -> int:
-    """Largest of 8, 4, 2 and 1 that divides all strides."""
-    strides = tuple(strides)
-    return next((number for number in _ALIGNMENTS if all(stride % number == 0 for stride in strides)), 1)
 
 
 def multiprocessors(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from .arguments import device_of, shared_memory
 from .configs import plan_halving
 from .tile_math import places
 
-IMAGE_CHANNELS = 3
+_IMAGE_CHANNELS = 3
 _WORDS = 5
 """Pairs of numbers that hold the nine of a kernel's row and one in front."""
 
@@ -112,7 +112,7 @@ def launch_halving(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tenso
     if not out.numel():
         return out
     weight = weight.permute(0, 2, 3, 1).contiguous()
-    by_pairs = channels == IMAGE_CHANNELS and width % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
+    by_pairs = channels == _IMAGE_CHANNELS and width % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
     plan = plan_halving(channels, outputs, shared_memory(x))
     cells = batch * out_height * out_width
     grid = (triton.cdiv(cells, plan.block_p), triton.cdiv(outputs, plan.block_o))
