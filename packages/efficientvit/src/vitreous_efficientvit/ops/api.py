@@ -125,8 +125,9 @@ def halving_depthwise(x: Tensor, weights: DepthwiseWeights, *, backend: Backend 
 def choose_backend(operator: Operator, device: torch.device | str, dtype: torch.dtype, channels: int) -> Backend:
     """What `backend="auto"` runs: `"triton"` on GPUs that can, in half precision, where it has been seen to win.
 
-    That is against the same layers in eager mode, and everywhere but for FFNs wider than those timed, of M4's last
-    stage: `docs/results/profiles/efficientvit-tiles.txt`. Compiled, cuBLAS's two products can be faster there.
+    That is against the same layers in eager mode, FFNs up to the widest that was timed, the 384 channels of M4's last
+    stage: `docs/results/profiles/efficientvit-tiles.txt`. Compiled, cuBLAS's two products can be faster at that width.
+    Stem and merging were timed as parts of networks only.
 
     Args:
         operator: by the name of its function.
