@@ -103,8 +103,9 @@ def feed_forward_tile(
 
 
 def convolution_tile(dtype: torch.dtype, channels: int, out_height: int, out_width: int) -> ConvolutionTile:
-    """Columns that divide the maps of images of 224 pixels, and 128 cells together, half as many of wide or small maps.
+    """Columns that divide the maps of images of 224 pixels, and 128 cells together.
 
+    Half as many above 32 channels, and fewer where the map is lower than the tile.
     A product's depth is a power of two from 16 up: of three neighbours where that holds few zeros. In fp32, whose
     products may run on scalar units, fewer cells.
     """

@@ -167,7 +167,7 @@ def launch_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Te
     tile = convolution_tile(x.dtype, channels, out_height, out_width)
     rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
     sizes = (height, width, out_height, out_width, rows, columns)
-    # What a product's weights take of the registers.
+    # As many outputs at a time as registers hold the weights of.
     most = 32 if x.dtype == torch.float32 else 128 if channels <= 64 else 64
     block_o = min(max(triton.next_power_of_2(outputs), 16), most)
     grid = (batch * rows * columns, triton.cdiv(outputs, block_o))
