@@ -35,6 +35,7 @@ from .model import EfficientViTMSRA, EfficientViTMSRAHead
 from .ops import Backend
 
 NETWORKS = ("m0", "m4")
+NEVER_SLOWER = (Goal(INFER, "speed-up", 1.0, over="timm"), Goal(INFER, "speed-up", 1.0, over="timm-compiled"))
 
 
 def cases() -> Sequence[Case]:
@@ -86,10 +87,7 @@ def float32_cases() -> Iterator[Case]:
     for arch in NETWORKS:
         yield _inference_case(
             "E1-float32", f"{arch}-batch256", arch, 256, names, dtype="float32", ours="deploy-auto-graph"
-        )  # fmt: skip
-
-
-NEVER_SLOWER = (Goal(INFER, "speed-up", 1.0, over="timm"), Goal(INFER, "speed-up", 1.0, over="timm-compiled"))
+        )
 
 
 def _inference_case(
