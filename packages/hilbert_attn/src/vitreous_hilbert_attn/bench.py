@@ -69,7 +69,7 @@ def network_cases(how: str) -> Iterator[Case]:
 
     Args:
         how: `"eager"`, `"compiled"`, or `"graphs"`: compiled, and replayed as CUDA graphs, which a host that takes long
-            over a launch does not slow down. Only eager is inference timed too: compiling takes long.
+            over a launch does not slow down. Inference is timed eager alone: compiling takes long.
     """
     modes = (TRAIN, INFER) if how == "eager" else (TRAIN,)
     run = {"compiled": how != "eager", "compile_mode": "reduce-overhead" if how == "graphs" else None}
