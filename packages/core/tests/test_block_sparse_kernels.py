@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitreous_core.bench.measure import matmul_precision
 from vitreous_core.curves import hilbert_order, morton_order
 from vitreous_core.errors import BackendUnsupported
 from vitreous_core.ops.block_sparse_attention import block_sparse_attention
@@ -115,12 +116,8 @@ def test_tf32_follows_the_switch(name):
     truth = problem.run(tensors, layout, "torch", torch.float64)
     with TF32Products():
         baseline = problem.run(tensors, layout, "torch")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with matmul_precision("high"):
         actual = problem.run(tensors, layout, "triton")
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert_within_budget(actual, truth, baseline)
     assert relative_error(actual["out"], truth["out"]) > 1e-5, "TF32 was not used"
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitreous_core.bench.measure import matmul_precision
 from vitreous_core.testing.budget import TF32Products, assert_within_budget, relative_error
 from vitreous_flash_window import shifted_window_attention, window_attention
 
@@ -183,12 +184,8 @@ def test_tf32_follows_the_switch(name):
     truth = run(problem, tensors, "torch", torch.float64)
     with TF32Products():
         baseline = run(problem, tensors, "torch")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with matmul_precision("high"):
         actual = run(problem, tensors, "triton")
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert_within_budget(actual, truth, baseline)
     assert relative_error(actual["out"], truth["out"]) > 1e-5, "TF32 was not used"
 

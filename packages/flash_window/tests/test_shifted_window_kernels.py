@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitreous_core.bench.measure import matmul_precision
 from vitreous_core.testing.budget import TF32Products, assert_within_budget, relative_error
 from vitreous_flash_window import FlashShiftWindowMSA, FlashWindowMSAV2, shifted_window_attention
 from vitreous_flash_window.ops import contracts_shifted
@@ -165,12 +166,8 @@ def test_tf32_follows_the_switch(name):
     truth = problem.run(tensors, "torch", torch.float64)
     with TF32Products():
         baseline = problem.run(tensors, "torch")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with matmul_precision("high"):
         actual = problem.run(tensors, "triton")
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert_within_budget(actual, truth, baseline)
     assert relative_error(actual["out"], truth["out"]) > 1e-5, "TF32 was not used"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitreous_core.bench.measure import matmul_precision
 from vitreous_core.errors import BackendUnsupported
 from vitreous_core.testing.budget import TF32Products, assert_within_budget, relative_error
 from vitreous_flash_window import window_attention
@@ -161,12 +162,8 @@ def run_in_tf32(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     truth = problem.run(tensors, "torch", torch.float64)
     with TF32Products():
         baseline = problem.run(tensors, "torch")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with matmul_precision("high"):
         actual = problem.run(tensors, "triton")
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert_within_budget(actual, truth, baseline)
     return actual, truth
 

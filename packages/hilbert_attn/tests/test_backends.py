@@ -59,10 +59,10 @@ def check(case: Case, backend: str) -> None:
     # are then not those that the log-sum-exp is of, and once scores pass 10 it shows. With biases of 1 some draws
     # (PyTorch versions draw differently) had gradients of 3 times the plain path's error there, with 0.5 of at most 2.0
     # times.
-    bias = 0.5 if INTERPRETED and dtype == SINGLE else 1.0
+    spread = 0.5 if INTERPRETED and dtype == SINGLE else 1.0
     for parameter in module.parameters():
         # Weights that the dtype under test holds exactly, biases that matter.
-        nn.init.normal_(parameter, std=bias if parameter.ndim < 2 or len(parameter) == module.num_heads else 0.2)
+        nn.init.normal_(parameter, std=spread if parameter.ndim < 2 or len(parameter) == module.num_heads else 0.2)
     module = module.to(dtype).to(DEVICE)
     truth = results(module, size, torch.float64, "torch")
     baseline = results(module, size, dtype, "torch")
