@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ def split_statistics(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
     return first, second[0] if second else None
 
 
+@lru_cache
 def dropout_numbers(dropout_p: float) -> tuple[int, float]:
     """Random words below the first number are dropped; the second scales what is kept."""
     return threshold(dropout_p), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of
+from vitreous_core.kernel_launch import device_of, launch_kernel
 
 _ENTRIES, _PARTS, _WARPS = 32, 64, 4
 
@@ -41,9 +41,9 @@ def fold_rows(partials: Tensor, total: Tensor, first: int) -> None:
     parts, heads, rows, tokens = partials.shape
     entries = rows * tokens
     with device_of(partials):
-        _fold_kernel[(triton.cdiv(entries, _ENTRIES), heads)](
-            partials, total[:, first:], parts, entries, total.stride(0),
-            PARTS=_PARTS, ENTRIES=_ENTRIES, num_warps=_WARPS,
+        launch_kernel(
+            _fold_kernel, (triton.cdiv(entries, _ENTRIES), heads), (partials, total[:, first:]),
+            (parts, entries, total.stride(0)), {"PARTS": _PARTS, "ENTRIES": _ENTRIES, "num_warps": _WARPS},
         )  # fmt: skip
 
 

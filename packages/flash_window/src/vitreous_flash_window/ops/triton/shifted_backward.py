@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
 
-from .arguments import device_of, split_statistics
+from .arguments import split_statistics
 from .bias_gradient import fold_partials, fold_rows
 from .image_addressing import (
     NO_PADDING,
@@ -612,25 +613,29 @@ def launch_shifted_backward(
     pointers, factors = (*problem.pointers(shape), dout), problem.factors()
     with device_of(qkv):
         if keys is None:
-            _shifted_bwd_closed_kernel[queries.grid](
-                *pointers, dqkv, bias_parts, pad_parts, logit_parts, *queries.numbers, *factors, **queries.constants
-            )
+            launch_kernel(
+                _shifted_bwd_closed_kernel, queries.grid, (*pointers, dqkv, bias_parts, pad_parts, logit_parts),
+                (*queries.numbers, *factors), queries.constants,
+            )  # fmt: skip
         else:
             lse, inverse = split_statistics(statistics)
             delta = torch.empty_like(lse)
             if shape.has_logit_scale:
                 inverse = torch.empty_like(lse)
-            _shifted_bwd_queries_kernel[queries.grid](
-                *pointers, out, lse, delta, inverse, dqkv, bias_parts, logit_parts,
-                *queries.numbers, *factors, **queries.constants,
+            launch_kernel(
+                _shifted_bwd_queries_kernel, queries.grid,
+                (*pointers, out, lse, delta, inverse, dqkv, bias_parts, logit_parts),
+                (*queries.numbers, *factors), queries.constants,
             )  # fmt: skip
-            _shifted_bwd_keys_kernel[keys.grid](
-                *pointers, lse, delta, inverse, dqkv, pad_parts, *keys.numbers, *factors, **keys.constants
-            )
+            launch_kernel(
+                _shifted_bwd_keys_kernel, keys.grid, (*pointers, lse, delta, inverse, dqkv, pad_parts),
+                (*keys.numbers, *factors), keys.constants,
+            )  # fmt: skip
             if bias is not None:
-                _shifted_bwd_bias_kernel[bias.grid](
-                    *pointers, lse, delta, inverse, bias_parts, *bias.numbers, *factors, **bias.constants
-                )
+                launch_kernel(
+                    _shifted_bwd_bias_kernel, bias.grid, (*pointers, lse, delta, inverse, bias_parts),
+                    (*bias.numbers, *factors), bias.constants,
+                )  # fmt: skip
         if needs_table:
             _fold_table(bias_parts, dtable, shape.window_size)
         if sums_pad:
@@ -644,6 +649,5 @@ def _fold_table(bias_parts: Tensor, dtable: Tensor, window: int) -> None:
     parts, heads = bias_parts.shape[:2]
     if parts > _FEW_PARTS:
         bias_parts, parts = fold_partials(bias_parts, torch.float32), 1
-    _table_kernel[(heads, 2 * window - 1)](
-        bias_parts, dtable, parts, heads, WINDOW=window, BLOCK=triton.next_power_of_2(window)
-    )
+    constants = {"WINDOW": window, "BLOCK": 1 << (window - 1).bit_length()}
+    launch_kernel(_table_kernel, (heads, 2 * window - 1), (bias_parts, dtable), (parts, heads), constants)

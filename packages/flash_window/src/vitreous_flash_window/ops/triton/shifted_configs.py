@@ -5,7 +5,7 @@ Nothing here depends on the batch or the image's size, so a shape class compiles
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +64,7 @@ class Config(NamedTuple):
     bias: Tile | None
 
 
+@cache  # asked for at every call
 def fits_on_chip(tokens: int, head_dim: int, itemsize: int) -> bool:
     """Whether these kernels take windows of N tokens: 32 KiB at most for the keys of one head, padded."""
     return tokens <= 256 and _power(tokens) * padded_head_dim(head_dim) * itemsize <= _LARGEST_TENSOR

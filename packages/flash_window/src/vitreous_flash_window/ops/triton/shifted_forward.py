@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
 
-from .arguments import device_of, rows_of_statistics, split_statistics
+from .arguments import rows_of_statistics, split_statistics
 from .image_addressing import (
     chunk_tokens,
     load_tokens,
@@ -133,7 +134,8 @@ def launch_shifted_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     out, statistics = qkv.new_empty(out_shape), qkv.new_empty(rows, dtype=torch.float32)
     pointers = split_statistics(statistics) if shape.tokens > LARGEST_TILE else (None, None)
     with device_of(qkv):
-        _shifted_fwd_kernel[launch.grid](
-            *problem.pointers(shape), out, *pointers, *launch.numbers, *problem.factors(), **launch.constants,
+        launch_kernel(
+            _shifted_fwd_kernel, launch.grid, (*problem.pointers(shape), out, *pointers),
+            (*launch.numbers, *problem.factors()), launch.constants,
         )  # fmt: skip
     return out, statistics
