@@ -9,9 +9,11 @@ from vitreous_core.ops.sum_norm import add_branch
 from vitreous_flash_window.layers import (
     DropPath,
     apply_norm,
+    drop_rate,
     split_drop,
     sum_and_norm,
 )
+from vitreous_flash_window.model import SwinStage
 
 
 def norm_and_inputs(draw, dtype, channels=24):
@@ -71,9 +73,35 @@ class TestStochasticDepth:
         kept, factor = split_drop(DropPath(0.5), branch)
         assert kept is branch
         assert factor.shape == (8,)
+        assert split_drop(DropPath(0.5), branch, factor)[1] is factor
         dropped, factor = split_drop(nn.Dropout(1.0), branch)
         assert factor is None
         assert not dropped.any()
+
+    def test_rates(self):
+        assert drop_rate(DropPath(0.5)) == 0.5
+        assert drop_rate(DropPath(0.5).eval()) == 0.0
+        assert drop_rate(nn.Dropout(0.5)) == 0.0
+
+    def test_a_compiled_stage_draws_once_and_leaves_out_images_whole(self, draw):
+        torch.manual_seed(0)
+        stage = SwinStage(8, 2, 1, window_size=4, drop_paths=0.5).train()
+        for block in stage.blocks:  # then what is not left out is not zero
+            nn.init.ones_(block.ffn.layers[1].bias)
+        drawn = []
+        compiled = torch.compile(
+            stage, fullgraph=True, backend=lambda graph, _: (drawn.extend(find_draws(graph)), graph.forward)[1]
+        )
+        x = draw(64, 16, 8, dtype=torch.float32)
+        out = compiled(x, (4, 4))
+        assert len(drawn) == 1
+        unchanged = (out == x).flatten(1).all(1).double().mean().item()
+        # All four branches: five standard deviations of 64 draws at 1 in 16.
+        assert 0 < unchanged < 1 / 16 + 5 * (1 / 16 * 15 / 16 / 64) ** 0.5
+
+
+def find_draws(graph):
+    return [node for node in graph.graph.nodes if "bernoulli" in str(node.target) or "rand" in str(node.target)]
 
 
 @pytest.mark.gpu

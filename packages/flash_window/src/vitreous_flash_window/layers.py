@@ -53,9 +53,19 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob}"
 
 
-def split_drop(drop: nn.Module, branch: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A branch and the factor `[B]` that `drop` puts on its images, for a sum to apply; other dropout acts at once."""
-    return (branch, drop.factor(branch)) if isinstance(drop, DropPath) else (drop(branch), None)
+def drop_rate(drop: nn.Module) -> float:
+    """The rate at which `drop` leaves out whole images now; zero for other dropout."""
+    return drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0
+
+
+def split_drop(drop: nn.Module, branch: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """A branch and the factor `[B]` that `drop` puts on its images, for a sum to apply; other dropout acts at once.
+
+    The factor is drawn unless it is given.
+    """
+    if not isinstance(drop, DropPath):
+        return drop(branch), None
+    return branch, drop.factor(branch) if factor is None else factor
 
 
 def sum_and_norm(

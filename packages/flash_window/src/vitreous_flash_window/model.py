@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from vitreous_core.backbone import stage_indices
 from vitreous_core.gelu_linear import gelu_linear, has_hooks
 from vitreous_core.ops.sum_norm import add_branch
+from vitreous_core.stochastic_depth import branch_factors
 
 from .attention import FlashShiftWindowMSA, FlashWindowMSAV2, init_linear
 from .layers import (
@@ -32,6 +33,7 @@ from .layers import (
     build_activation,
     build_dropout,
     build_norm,
+    drop_rate,
     pair,
     split_drop,
     sum_and_norm,
@@ -470,8 +472,14 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor, shape: Shape) -> Tensor:
         """The blocks, without the patch merging, on tokens `[B, height * width, C]`."""
-        for block in self.blocks:
-            x = block(x, shape)
+        factors: list[Tensor | None] = [None] * (2 * len(self.blocks))
+        if torch.compiler.is_compiling():
+            # One draw for all blocks, where compilers make a kernel of each. Else blocks draw, as MMPretrain's do: the
+            # same seed leaves out the same branches.
+            rates = [drop_rate(drop) for block in self.blocks for drop in block.drops]
+            factors = branch_factors(rates, x.shape[0], x.device)  # len() would fix the batch of an exported graph
+        for index, block in enumerate(self.blocks):
+            x = block(x, shape, *factors[2 * index : 2 * index + 2])
         return x
 
 
@@ -573,16 +581,26 @@ class SwinBlock(nn.Module):
         self.norm2 = build_norm(norm_cfg, embed_dims)
         self.ffn = FeedForward(**{**_ffn_arguments(embed_dims, ffn_ratio, drop_path), **(ffn_cfgs or {})})
 
-    def forward(self, x: Tensor, shape: Shape) -> Tensor:
-        """Tokens `[B, height * width, C]` to the same shape."""
-        return _run(self._forward, self.with_cp, x, shape)
+    @property
+    def drops(self) -> tuple[nn.Module, nn.Module]:
+        """The dropout of both branches."""
+        return self.attn.drop, self.ffn.dropout_layer
 
-    def _forward(self, x: Tensor, shape: Shape) -> Tensor:
+    def forward(
+        self, x: Tensor, shape: Shape, attn_factor: Tensor | None = None, ffn_factor: Tensor | None = None
+    ) -> Tensor:
+        """Tokens `[B, height * width, C]` to the same shape.
+
+        The factors `[B]` are those of stochastic depth on both branches, see `layers.split_drop`.
+        """
+        return _run(self._forward, self.with_cp, x, shape, attn_factor, ffn_factor)
+
+    def _forward(self, x: Tensor, shape: Shape, attn_factor: Tensor | None, ffn_factor: Tensor | None) -> Tensor:
         # Stochastic depth is left to the sums, and the first of them to the norm after it: fewer passes over memory.
         x, normed = sum_and_norm(self.norm1, x)
-        branch, factor = split_drop(self.attn.drop, self.attn(normed, shape, drop=False))
+        branch, factor = split_drop(self.attn.drop, self.attn(normed, shape, drop=False), attn_factor)
         x, normed = sum_and_norm(self.norm2, x, branch, factor)
-        branch, factor = split_drop(self.ffn.dropout_layer, self.ffn(normed, drop=False))
+        branch, factor = split_drop(self.ffn.dropout_layer, self.ffn(normed, drop=False), ffn_factor)
         return add_branch(x, branch, factor)
 
 
@@ -883,10 +901,10 @@ def _ffn_arguments(embed_dims: int, ffn_ratio: float, drop_path: float) -> dict[
     }
 
 
-def _run(block: Callable[[Tensor, Shape], Tensor], with_cp: bool, x: Tensor, shape: Shape) -> Tensor:
+def _run(block: Callable[..., Tensor], with_cp: bool, x: Tensor, *arguments: Any) -> Tensor:
     if with_cp and x.requires_grad:
-        return checkpoint(block, x, shape, use_reentrant=False)
-    return block(x, shape)
+        return checkpoint(block, x, *arguments, use_reentrant=False)
+    return block(x, *arguments)
 
 
 def _drop_path_schedule(rate: float, depths: Sequence[int]) -> list[list[float]]:
