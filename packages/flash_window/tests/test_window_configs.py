@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vitreous_core.bench.measure import matmul_precision
 from vitreous_flash_window.ops.triton import configs
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -44,6 +45,21 @@ def test_only_queries_of_slim_windows_share_a_launch_with_their_rest():
     assert [(tile.rows, tile.rest) for tile in configs.choose_keys(HALF, 144, 32)] == [(64, 0), (16, 0)]
     assert [(tile.rows, tile.rest) for tile in configs.choose_rows(HALF, 144, 64)] == [(64, 0), (16, 0)]
     assert [(tile.rows, tile.rest) for tile in configs.choose_rows(HALF, 81, 32)] == [(64, 0), (32, 0)]
+
+
+def test_factors_are_halved_where_four_warps_compute_in_tf32():
+    def halved(dtype, tokens, head_dim):
+        tiles = configs.choose_rows(dtype, tokens, head_dim) + configs.choose_keys(dtype, tokens, head_dim)
+        return {(tile.rows, tile.halved) for tile in tiles}
+
+    assert halved(SINGLE, 49, 32) == {(64, False)}
+    with matmul_precision("high"):
+        assert halved(SINGLE, 49, 32) == {(64, True)}
+        assert halved(SINGLE, 144, 32) == {(64, True), (16, False)}
+        assert halved(HALF, 49, 32) == {(64, False)}
+    assert configs.choose_channels(64, 256, "tf32").backward.halved
+    assert not configs.choose_channels(32, 256, "tf32").backward.halved
+    assert not configs.choose_channels(64, 256, "ieee").backward.halved
 
 
 def test_tiles_of_the_bias_gradient_cover_the_scores():

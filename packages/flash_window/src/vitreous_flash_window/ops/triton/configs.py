@@ -28,6 +28,7 @@ class Tile(NamedTuple):
         warps, stages: of Triton.
         programs: per multiprocessor, as many as run at once.
         rest: tile of the rows that the strips leave and further programs of the launch own; 0: none. Over queries only.
+        halved: whether factors of sums over tokens are halved in the backward passes: see `tile_math.halves`.
     """
 
     first: int
@@ -39,6 +40,7 @@ class Tile(NamedTuple):
     stages: int
     programs: int
     rest: int = 0
+    halved: bool = False
 
 
 def tile_constants(tile: Tile) -> dict[str, int]:
@@ -123,7 +125,7 @@ def _multiprocessors(device: torch.device) -> int:
 _FORWARD = ((4, 2), (3, 2), (2, 2), (2, 1), (1, 1))
 _FORWARD_CHUNKS = ((3, 2), (2, 2), (2, 1), (1, 1))
 _ROWS = ((3, 2), (2, 2), (2, 1), (1, 1))
-_ROWS_SINGLE = ((2, 2), (2, 1), (1, 1))
+_ROWS_SCALAR = ((2, 2), (2, 1), (1, 1))
 _KEYS = ((3, 2), (2, 2), (2, 1), (1, 1))
 _BIAS = ((3, 3), (3, 2), (2, 2), (2, 1), (1, 1))
 _BIAS_MASKED = _BIAS[1:]
@@ -161,7 +163,7 @@ def choose_forward(dtype: torch.dtype, tokens: int, head_dim: int) -> Tile:
 
 def choose_rows(dtype: torch.dtype, tokens: int, head_dim: int) -> list[Tile]:
     """The launches of the backward pass over queries; between them, each row is in one strip or in the rest."""
-    choices = _ROWS_SINGLE if dtype == torch.float32 else _ROWS
+    choices = _ROWS_SCALAR if dot_precision(dtype) == "ieee" else _ROWS
     if _is_slim(dtype, head_dim) and 2 * LARGEST_TILE < tokens <= _LARGEST_WITH_BIAS:
         # Beside bias and bias gradient of a strip, wider chunks spill more. The 16 rows or fewer that are left find in
         # the second-level cache what the strips have just read; in a launch of their own they would read it all again.
@@ -198,8 +200,14 @@ def choose_channels(tokens: int, head_dim: int, precision: str) -> ChannelTiles:
     if precision == "ieee":  # compiled, not timed
         return ChannelTiles(Tile(0, 1, rows, 16, 0, 4, 3, 3), Tile(0, 1, rows, 16, 0, 8, 2, 2))
     # Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6: docs/results/profiles/windows-channels.txt.
-    chunk, warps = (16, 4) if padded_head_dim(head_dim) <= 64 else (32, 8)
-    return ChannelTiles(Tile(0, 1, rows, 32, 0, 4, 3, 2), Tile(0, 1, rows, chunk, 0, warps, 3, 2))
+    chunk, warps, stages = (16, 4, 3) if padded_head_dim(head_dim) <= 64 else (32, 8, 2)
+    halved = _is_halved(torch.float32, precision, rows)
+    return ChannelTiles(Tile(0, 1, rows, 32, 0, 4, 3, 2), Tile(0, 1, rows, chunk, 0, warps, stages, 2, halved=halved))
+
+
+def _is_halved(dtype: torch.dtype, precision: str, rows: int) -> bool:
+    """TF32 on four warps or more; fewer read fp32 along either side of a tile, and lack the registers for halves."""
+    return dtype == torch.float32 and precision == "tf32" and rows == LARGEST_TILE
 
 
 def _is_slim(dtype: torch.dtype, head_dim: int) -> bool:
@@ -233,16 +241,19 @@ def _launch(
     stage = (rows * row_tensors + width * 2) * channels * dtype.itemsize
     # What goes from the registers through shared memory: the output, or the gradient of the scores.
     scratch = rows * (channels if row_tensors == 1 else columns) * dtype.itemsize
+    halved = row_tensors == 2 and _is_halved(dtype, precision, rows)
+    if halved:
+        scratch += (width + rows) * channels * dtype.itemsize
     if rows < LARGEST_TILE:
         choices = _SMALL if tokens <= rows else _SMALL_CHUNKS
     # Only products of four warps read a tile from shared memory while the next is written there.
-    spare = 0 if rows == LARGEST_TILE else 1
+    spare = 0 if rows == LARGEST_TILE and not halved else 1
     stages, programs = _fitting(choices, lambda stages: (stages - spare) * stage + scratch)
     # 16 rows per warp are what the matrix units work on; many channels and scalar products are spread over more.
     warps = rows // 16 * (2 if precision == "ieee" else 1)
     if rows < LARGEST_TILE:
         warps = max(warps, min(4, channels // 64))
-    return Tile(first, strips, rows, columns, tail, warps, stages, programs)
+    return Tile(first, strips, rows, columns, tail, warps, stages, programs, halved=halved)
 
 
 def _fitting(choices: Choices, shared_memory: Callable[[int], int]) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitreous_core.ops.block_sparse_attention.triton.primitives import operand
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # How an addend tile comes about.
@@ -20,6 +22,9 @@ NO_ADDEND, NUMBERS, FLAGS = (tl.constexpr(kind) for kind in (0, 1, 2))
 
 # A finite addend times log2 e must not become minus infinity: it hides nothing, however small.
 LOWEST = tl.constexpr(-3.3e38)
+
+# What `halves` are; Triton's interpreter computes no products of bfloat16.
+_HALF = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 # Below any score but minus infinity: a row maximum from which minus infinity can be subtracted.
 FLOOR = tl.constexpr(-3.4e38)
@@ -199,6 +204,51 @@ def channel_product(rows, columns, PRECISION: tl.constexpr):
     else:
         product = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def halves(values, HALVED: tl.constexpr):
+    """Fp32 `values` as a sum of two bfloat16 numbers, which a `token_product` takes, or as they are.
+
+    Matrix units of four warps read an fp32 tile only along what they sum over. Rows that are summed over channels and
+    over tokens would be turned through registers, and the pipeline would not copy them asynchronously. Halves are read
+    along either side. Together they have 16 bits, where TF32 has 11, and the range of fp32.
+    """
+    if HALVED:
+        high = values.to(_HALF)
+        parts = high, (values - high.to(tl.float32)).to(_HALF)
+    else:
+        parts = (values,)
+    return parts
+
+
+@triton.jit
+def score_factor(scores, other, PRECISION: tl.constexpr, HALVED: tl.constexpr):
+    """Weights or score gradients as a factor of a `token_product` with `other`."""
+    if HALVED:
+        parts = halves(scores, HALVED)
+    else:
+        parts = (operand(scores, other, PRECISION),)
+    return parts
+
+
+@triton.jit
+def transposed(parts):
+    """The transposed tile, as `halves` too."""
+    turned = (tl.trans(parts[0]),)
+    if len(parts) == 2:
+        turned = turned + (tl.trans(parts[1]),)
+    return turned
+
+
+@triton.jit
+def token_product(left, right, initial, PRECISION: tl.constexpr):
+    """`initial + left right`, a sum over tokens of factors as `halves` gives them; low times low is left out."""
+    product = initial
+    if len(left) == 2:
+        product = tl.dot(left[0], right[1], product, input_precision=PRECISION)
+        product = tl.dot(left[1], right[0], product, input_precision=PRECISION)
+    return tl.dot(left[0], right[0], product, input_precision=PRECISION)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def launch_backward(
             _window_bwd_rows_kernel[((parts * tile.strips + rest_parts) * heads,)](
                 query, key, value, dout, out, lse, inverse, dq, dk, dv, *addends, partials, rest_partials, delta,
                 *chain(*strides), *strides_of_addends, *numbers, parts, rest_parts, *factors, NEEDS_BIAS=sums_bias,
-                FIRST=tile.first, REST=tile.rest, **tile_constants(tile), **constants,
+                FIRST=tile.first, REST=tile.rest, HALVED=tile.halved, **tile_constants(tile), **constants,
             )  # fmt: skip
             if sums_bias:
                 fold_rows(partials, dbias, tile.first)
@@ -81,7 +81,7 @@ def launch_backward(
                 _window_bwd_keys_kernel[(parts * heads * tile.strips,)](
                     query, key, value, dout, lse, inverse, delta, dk, dv, *addends,
                     *chain(*strides[:4], *strides[6:]), *strides_of_addends, *numbers, parts, *factors,
-                    FIRST=tile.first, **tile_constants(tile), **constants,
+                    FIRST=tile.first, HALVED=tile.halved, **tile_constants(tile), **constants,
                 )  # fmt: skip
         if bias_tile is not None:
             launch_bias_gradient(

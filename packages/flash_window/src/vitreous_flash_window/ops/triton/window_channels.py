@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
 
 from .arguments import (
     addend_kind,
@@ -37,9 +37,13 @@ from .tile_math import (
     addend_tile,
     channel_product,
     full_stride,
+    halves,
     mask_groups,
+    score_factor,
     score_gradients,
     softmax_numerators,
+    token_product,
+    transposed,
     walk,
 )
 
@@ -65,12 +69,13 @@ def _addend(ptr, offset, rows, stride_row, stride_column, TOKENS: tl.constexpr, 
 @triton.jit
 def _store_product(
     left, factors, base, stride_n, stride_d, to, to_stride_n, to_stride_d, rows,
-    TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
-    """Write `factors * left x` chunk by chunk, where x are a window's rows at `base`."""
+    """Write `factors * left x` chunk by chunk, where x are a window's rows at `base` and `left` a `score_factor`."""
     for first in range(0, HEAD_DIM, CHUNK):
         x = _load_chunk(base, rows, first, stride_n, stride_d, TOKENS, HEAD_DIM, CHUNK)
-        product = tl.dot(left, x, input_precision=PRECISION) * factors
+        product = tl.zeros([left[0].shape[0], CHUNK], tl.float32)
+        product = token_product(left, halves(x, HALVED), product, PRECISION) * factors
         channel = first + tl.arange(0, CHUNK)
         is_there = (rows < TOKENS)[:, None] & (channel < HEAD_DIM)[None, :]
         tl.store(to + rows.to(tl.int64)[:, None] * to_stride_n + channel[None, :] * to_stride_d, product, mask=is_there)
@@ -125,10 +130,10 @@ def _channels_fwd_kernel(
                 keep = dropout_keep(seed_ptr, window * heads + head, rows[:, None], rows[None, :], threshold)
                 weights = tl.where(keep, weights, 0.0)
             _store_product(
-                operand(weights, weights, PRECISION), (keep_scale * inverse_sum)[:, None],
+                score_factor(weights, weights, PRECISION, False), (keep_scale * inverse_sum)[:, None],
                 v_ptr + (window * stride_vw + head * stride_vh) * ALIGN, stride_vn, stride_vd,
                 out_ptr + (window * stride_ow + head * stride_oh) * ALIGN, stride_on, stride_od, rows,
-                TOKENS, HEAD_DIM, CHUNK, PRECISION,
+                TOKENS, HEAD_DIM, CHUNK, PRECISION, False,
             )  # fmt: skip
 
 
@@ -155,7 +160,7 @@ def _channels_bwd_kernel(
     heads, windows, mask_windows, parts, scale, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """`dv = P^T dout`, `dS = P (dout v^T - delta)`, `dq = scale dS k`, `dk = scale dS^T q`, and partial sums of dS.
 
@@ -202,23 +207,23 @@ def _channels_bwd_kernel(
                 kept = tl.where(keep, weights * keep_scale, 0.0)
                 dweights = tl.where(keep, dweights * keep_scale, 0.0)
             _store_product(
-                tl.trans(operand(kept, kept, PRECISION)), 1.0, g_base, stride_gn, stride_gd,
+                transposed(score_factor(kept, kept, PRECISION, HALVED)), 1.0, g_base, stride_gn, stride_gd,
                 dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN, stride_dvn, stride_dvd, rows,
-                TOKENS, HEAD_DIM, CHUNK, PRECISION,
+                TOKENS, HEAD_DIM, CHUNK, PRECISION, HALVED,
             )  # fmt: skip
             dscores = score_gradients(weights, dweights)
             if NEEDS_BIAS:
                 total += dscores
-            dscores = operand(dscores, dscores, PRECISION)
+            dscores = score_factor(dscores, dscores, PRECISION, HALVED)
             _store_product(
                 dscores, scale, k_base, stride_kn, stride_kd,
                 dq_ptr + (window * stride_dqw + head * stride_dqh) * ALIGN, stride_dqn, stride_dqd, rows,
-                TOKENS, HEAD_DIM, CHUNK, PRECISION,
+                TOKENS, HEAD_DIM, CHUNK, PRECISION, HALVED,
             )  # fmt: skip
             _store_product(
-                tl.trans(dscores), scale, q_base, stride_qn, stride_qd,
+                transposed(dscores), scale, q_base, stride_qn, stride_qd,
                 dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN, stride_dkn, stride_dkd, rows,
-                TOKENS, HEAD_DIM, CHUNK, PRECISION,
+                TOKENS, HEAD_DIM, CHUNK, PRECISION, HALVED,
             )  # fmt: skip
     if NEEDS_BIAS:
         is_pair = (rows < TOKENS)[:, None] & (rows < TOKENS)[None, :]
@@ -271,7 +276,7 @@ def launch_channels_backward(
             scale, scale * LOG2E.value, *dropout_numbers(dropout_p),
             BIAS=addend_kind(bias), NEEDS_BIAS=needs_bias, MASK=addend_kind(mask), DROPOUT=seed is not None,
             ALIGN=align, TOKENS=tokens, HEAD_DIM=head_dim, ROWS=tile.rows, CHUNK=tile.columns,
-            PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=dot_precision(query.dtype), HALVED=tile.halved, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if partials is not None:
             fold_rows(partials, dbias, 0)

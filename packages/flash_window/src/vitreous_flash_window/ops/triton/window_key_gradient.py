@@ -7,18 +7,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
 
 from .tile_math import (
     add_mask_tiles,
     addend_tiles,
     channel_product,
     full_stride,
+    halves,
     load_chunk,
     load_rows,
     mask_groups,
     row_offsets,
+    score_factor,
     store_rows,
+    token_product,
     walk,
 )
 
@@ -45,7 +48,7 @@ def _window_bwd_keys_kernel(
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """`dv = P^T dout`, `dk = scale dS^T q`; columns are queries.
 
@@ -89,6 +92,8 @@ def _window_bwd_keys_kernel(
             g_base = dout_ptr + (window * stride_gw + head * stride_gh) * ALIGN
             k = load_rows(k_base, k_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             v = load_rows(v_base, v_offsets, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+            dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
             for c in tl.static_range(CHUNKS):
                 q = load_chunk(q_base, c, offs_d, stride_qn, stride_qd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D)
                 dout = load_chunk(
@@ -110,14 +115,10 @@ def _window_bwd_keys_kernel(
                     keep = dropout_keep(seed_ptr, window_head, query[None, :], rows[:, None], threshold)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
                     kept = tl.where(keep, weights * keep_scale, 0.0)
-                dscores = operand(weights * (dweights - delta[None, :]), q, PRECISION)
-                kept = operand(kept, dout, PRECISION)
-                if c == 0:
-                    dv = tl.dot(kept, dout, input_precision=PRECISION)
-                    dk = tl.dot(dscores, q, input_precision=PRECISION)
-                else:
-                    dv = tl.dot(kept, dout, dv, input_precision=PRECISION)
-                    dk = tl.dot(dscores, q, dk, input_precision=PRECISION)
+                dscores = score_factor(weights * (dweights - delta[None, :]), q, PRECISION, HALVED)
+                kept = score_factor(kept, dout, PRECISION, HALVED)
+                dv = token_product(kept, halves(dout, HALVED), dv, PRECISION)
+                dk = token_product(dscores, halves(q, HALVED), dk, PRECISION)
             dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
             dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
             store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)

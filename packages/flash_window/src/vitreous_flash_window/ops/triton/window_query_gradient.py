@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
+from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
 
 from .tile_math import (
     FLOOR,
@@ -21,13 +21,28 @@ from .tile_math import (
     addend_tiles,
     channel_product,
     full_stride,
+    halves,
     load_chunk,
     load_rows,
     mask_groups,
     row_offsets,
+    score_factor,
     store_rows,
+    token_product,
+    transposed,
     walk,
 )
+
+
+@triton.jit
+def _store_turned_product(
+    left, right, factor, base, offsets, is_row, offs_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr,
+):  # fmt: skip
+    """Write `factor left^T right` of a `score_factor` and rows of the queries' side: a gradient of keys or values."""
+    product = tl.zeros([left[0].shape[1], BLOCK_D], tl.float32)
+    product = token_product(transposed(left), halves(right, HALVED), product, PRECISION)
+    store_rows(base, offsets, product * factor, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
 
 
 @triton.jit
@@ -48,7 +63,7 @@ def _walk_rows(
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """`dS = P (dP - delta)`, `dq = scale dS k`, partial sums of dS; of one tile also dk and dv, else also delta.
 
@@ -110,11 +125,11 @@ def _walk_rows(
                 if inverse_ptr is not None:
                     inverse = tl.load(inverse_ptr + window_head * TOKENS + rows, mask=is_row, other=0.0)
             new_sums = ()
+            dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
             for c in tl.static_range(CHUNKS):
                 k = load_chunk(k_base, c, offs_d, stride_kn, stride_kd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D)
                 v = load_chunk(v_base, c, offs_d, stride_vn, stride_vd, TOKENS, COLUMNS, TAIL, WHOLE, HEAD_DIM, BLOCK_D)
                 scores = channel_product(q, k, PRECISION) * scale_log2 + addends[c]
-                dweights = channel_product(dout, v, PRECISION)
                 if ROWS < TOKENS:
                     weights = tl.exp2(scores - lse[:, None])
                     if inverse_ptr is not None:
@@ -128,28 +143,39 @@ def _walk_rows(
                 if DROPOUT:
                     key = c * COLUMNS + tl.arange(0, COLUMNS if c < WHOLE else TAIL)
                     keep = dropout_keep(seed_ptr, window_head, rows[:, None], key[None, :], threshold)
-                    dweights = tl.where(keep, dweights * keep_scale, 0.0)
                     kept = tl.where(keep, weights * keep_scale, 0.0)
+                if ROWS >= TOKENS and HALVED:
+                    # Ahead of dP, which is one more tile in the registers; other kinds of products spill more this way.
+                    dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
+                    _store_turned_product(
+                        score_factor(kept, dout, PRECISION, HALVED), dout, 1.0, dv_base, dv_offsets, is_row, offs_d,
+                        HEAD_DIM, BLOCK_D, FULL, PRECISION, HALVED,
+                    )  # fmt: skip
+                dweights = channel_product(dout, v, PRECISION)
+                if DROPOUT:
+                    dweights = tl.where(keep, dweights * keep_scale, 0.0)
                 if ROWS >= TOKENS:
                     delta = tl.sum(weights * dweights, 1)
                 dscores = weights * (dweights - delta[:, None])
                 if NEEDS_BIAS:
                     new_sums = new_sums + (sums[c] + dscores,)
-                dscores = operand(dscores, k, PRECISION)
-                if c == 0:
-                    dq = tl.dot(dscores, k, input_precision=PRECISION)
-                else:
-                    dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
+                dscores = score_factor(dscores, k, PRECISION, HALVED)
+                dq = token_product(dscores, halves(k, HALVED), dq, PRECISION)
             sums = new_sums
             dq_base = dq_ptr + (window * stride_dqw + head * stride_dqh) * ALIGN
             store_rows(dq_base, dq_offsets, dq * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
             if ROWS >= TOKENS:
-                dv = tl.dot(tl.trans(operand(kept, dout, PRECISION)), dout, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
+                if not HALVED:
+                    dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
+                    _store_turned_product(
+                        score_factor(kept, dout, PRECISION, HALVED), dout, 1.0, dv_base, dv_offsets, is_row, offs_d,
+                        HEAD_DIM, BLOCK_D, FULL, PRECISION, HALVED,
+                    )  # fmt: skip
                 dk_base = dk_ptr + (window * stride_dkw + head * stride_dkh) * ALIGN
-                dv_base = dv_ptr + (window * stride_dvw + head * stride_dvh) * ALIGN
-                store_rows(dv_base, dv_offsets, dv, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
-                store_rows(dk_base, dk_offsets, dk * scale, is_row, offs_d, HEAD_DIM, BLOCK_D, FULL)
+                _store_turned_product(
+                    dscores, q, scale, dk_base, dk_offsets, is_row, offs_d,
+                    HEAD_DIM, BLOCK_D, FULL, PRECISION, HALVED,
+                )  # fmt: skip
 
     if NEEDS_BIAS:
         OWNED: tl.constexpr = min(STRIPS * ROWS, TOKENS - FIRST)
@@ -187,7 +213,7 @@ def _window_bwd_rows_kernel(
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """A walk each: of the strips of queries, and of the `REST` rows that they leave, if there are any.
 
@@ -214,12 +240,12 @@ def _window_bwd_rows_kernel(
         _walk_rows(
             *shared, strip, head, part, parts, partials_ptr,
             BIAS, NEEDS_BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            FIRST, STRIPS, ROWS, COLUMNS, TAIL, PRECISION,
+            FIRST, STRIPS, ROWS, COLUMNS, TAIL, PRECISION, HALVED,
         )  # fmt: skip
     else:
         head, part = (of_rest % heads).to(tl.int64), of_rest // heads
         _walk_rows(
             *shared, 0, head, part, rest_parts, rest_partials_ptr,
             BIAS, NEEDS_BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            STRIPS * ROWS, 1, REST, COLUMNS, TAIL, PRECISION,
+            STRIPS * ROWS, 1, REST, COLUMNS, TAIL, PRECISION, HALVED,
         )  # fmt: skip
