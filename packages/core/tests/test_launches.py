@@ -21,6 +21,8 @@ def _no_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
 class Recorder:
     """Stands for a compiled function and writes down what is asked of it."""
 
+    arg_names = ("x_ptr", "length", "BLOCK")
+
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
 
@@ -31,35 +33,47 @@ class Recorder:
         return lambda *arguments, **settings: self.log.append(f"launch {self.name} {settings['BLOCK']}")
 
 
-def launch(kernel: Recorder, block: int, dtype: torch.dtype = torch.float16) -> launches.Launch:
-    tile = configs.Tile(64, 64, 4, 2)
-    return launches.Launch(kernel, (1,), (torch.empty(1, dtype=dtype), 3), {"BLOCK": block}, tile)
+def plan(*launched: tuple[Recorder, int]) -> launches.Pass:
+    return launches.Pass([
+        launches.Launch(kernel, (1,), (3,), {"BLOCK": block, "num_warps": 4, "num_stages": 2})
+        for kernel, block in launched
+    ])  # fmt: skip
+
+
+def run(planned: launches.Pass, dtype: torch.dtype = torch.float16, device: str = "cuda") -> None:
+    planned.run([(torch.empty(1, dtype=dtype),)] * len(planned.launches), torch.device(device))
 
 
 def test_new_kernels_compile_before_the_first_launch_and_only_once() -> None:
     log: list[str] = []
     first, second = Recorder("first", log), Recorder("second", log)
-    pair = [launch(first, 1), launch(second, 2)]
-    launches.launch_all(pair, torch.device("cuda"))
+    pair = plan((first, 1), (second, 2))
+    run(pair)
     assert log == ["compile first 1", "compile second 2", "launch first 1", "launch second 2"]
+    for again in (pair, plan((first, 1), (second, 2))):
+        log.clear()
+        run(again)
+        assert log == ["launch first 1", "launch second 2"]
     log.clear()
-    launches.launch_all(pair, torch.device("cuda"))
-    assert log == ["launch first 1", "launch second 2"]
-    log.clear()
-    launches.launch_all([launch(first, 1, torch.float32), launch(second, 3)], torch.device("cuda"))
+    run(plan((first, 1), (second, 3)), torch.float32)
     assert log == ["compile first 1", "compile second 3", "launch first 1", "launch second 3"]
 
 
 def test_a_lone_new_kernel_compiles_at_its_launch() -> None:
     log: list[str] = []
-    launches.launch_all([launch(Recorder("only", log), 1)], torch.device("cuda"))
+    run(plan((Recorder("only", log), 1)))
     assert log == ["launch only 1"]
 
 
 def test_the_interpreter_compiles_nothing() -> None:
     log: list[str] = []
-    launches.launch_all([launch(Recorder(name, log), 1) for name in "ab"], torch.device("cpu"))
+    run(plan(*((Recorder(name, log), 1) for name in "ab")), device="cpu")
     assert log == ["launch a 1", "launch b 1"]
+
+
+def test_pointers_must_be_those_of_every_launch() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        plan((Recorder("a", []), 1)).run([], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])

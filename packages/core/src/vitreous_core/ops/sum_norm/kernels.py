@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ...kernel_launch import device_of, launch_kernel
 
 _ELEMENTS = 4096
 """Of a tile in the forward; the backward, which holds three tensors of it, has half."""
@@ -97,12 +99,15 @@ def launch_forward(
     if not rows:
         return tokens, normed
     block_r = max(_ELEMENTS // block, 1)
-    with _device_of(shortcut):
-        _sum_norm_fwd_kernel[(triton.cdiv(rows, block_r),)](
-            shortcut, None if branch is None else branch.contiguous(), factor, weight, bias, tokens, normed,
-            rows, rows // len(shortcut), eps,
-            HAS_BRANCH=branch is not None, HAS_FACTOR=factor is not None, CHANNELS=channels, BLOCK_C=block,
-            BLOCK_R=block_r, num_warps=4,
+    constants = {
+        "HAS_BRANCH": branch is not None, "HAS_FACTOR": factor is not None, "CHANNELS": channels, "BLOCK_C": block,
+        "BLOCK_R": block_r, "num_warps": 4,
+    }  # fmt: skip
+    with device_of(shortcut):
+        launch_kernel(
+            _sum_norm_fwd_kernel, (-(-rows // block_r),),
+            (shortcut, None if branch is None else branch.contiguous(), factor, weight, bias, tokens, normed),
+            (rows, rows // shortcut.shape[0], float(eps)), constants,
         )  # fmt: skip
     return tokens, normed
 
@@ -121,14 +126,20 @@ def launch_backward(
         return dshortcut, dbranch, torch.zeros_like(weight), torch.zeros_like(bias)
     block_r = max(_ELEMENTS // 2 // block, 1)
     per_multiprocessor = max(1, min(_MOST_PROGRAMS, _MOST_PARTIAL_CHANNELS // block))
-    programs = min(triton.cdiv(rows, block_r), _multiprocessors(tokens) * per_multiprocessor)
-    partial = torch.empty(programs, 2, block, dtype=torch.float32, device=tokens.device)
-    with _device_of(tokens):
-        _sum_norm_bwd_kernel[(programs,)](
-            None if dtokens is None else dtokens.contiguous(), dnormed.contiguous(), tokens, factor, weight,
-            dshortcut, dbranch, partial, rows, rows // len(tokens), eps,
-            HAS_DTOKENS=dtokens is not None, HAS_BRANCH=dbranch is not None, HAS_FACTOR=factor is not None,
-            CHANNELS=channels, BLOCK_C=block, BLOCK_R=block_r, num_warps=4,
+    programs = min(-(-rows // block_r), _multiprocessors(tokens.device) * per_multiprocessor)
+    partial = tokens.new_empty((programs, 2, block), dtype=torch.float32)
+    constants = {
+        "HAS_DTOKENS": dtokens is not None, "HAS_BRANCH": dbranch is not None, "HAS_FACTOR": factor is not None,
+        "CHANNELS": channels, "BLOCK_C": block, "BLOCK_R": block_r, "num_warps": 4,
+    }  # fmt: skip
+    with device_of(tokens):
+        launch_kernel(
+            _sum_norm_bwd_kernel, (programs,),
+            (
+                None if dtokens is None else dtokens.contiguous(), dnormed.contiguous(), tokens, factor, weight,
+                dshortcut, dbranch, partial,
+            ),
+            (rows, rows // tokens.shape[0], float(eps)), constants,
         )  # fmt: skip
     dweight, dbias = partial.sum(0)[:, :channels].unbind(0)
     return dshortcut, dbranch, dweight.to(weight.dtype), dbias.to(bias.dtype)
@@ -140,11 +151,6 @@ def _shape(tokens: Tensor) -> tuple[int, int, int]:
     return tokens.numel() // max(channels, 1), channels, triton.next_power_of_2(channels)
 
 
-def _multiprocessors(tensor: Tensor) -> int:
-    if not tensor.is_cuda:
-        return 1
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def _device_of(tensor: Tensor) -> object:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,10 +1,8 @@
-"""Host-side arguments that the launchers share."""
+"""Host-side arguments that the launchers share, and what they remember between calls."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,52 +10,136 @@ from torch import Tensor
 
 from ....schedule import IMAGE
 from ..bias import residue_major
-from ..contracts import DENSE_BIAS, DISTANCE_BIAS, NO_BIAS, Facts, Tables
+from ..contracts import CELL_BIAS, DENSE_BIAS, DISTANCE_BIAS, NO_BIAS, Facts, Tables
 from ..dropout import threshold
+from .configs import Tile, for_precision
 
 # As in `primitives`, which is not imported here so that this module needs no Triton.
 _GRID_CODES, _TABLE_CODES, _DISTANCES, _DENSE = 1, 2, 3, 4
 
-_CACHED_TABLES = 64
+_CACHED_TABLES, _CACHED_PLANS = 64, 256
+
+
+class Signature(NamedTuple):
+    """What launches depend on, apart from values: hashable, so that they are planned once.
+
+    Args:
+        shape: of the query, `[B, H, L, D]`.
+        kv_heads: heads of key and value.
+        strides: of every input `[B, H or kv_heads, L, D]`, in the order of the kernels.
+        entries: of a relative bias, per head; 0 without one.
+        tiles: how many the launches walk over.
+        has_position: whether cells become tokens by a table.
+        needs_bias: whether the gradient of the bias is asked for.
+        dtype, device: of the query.
+        precision: of products, see `dot_precision`.
+        facts, tiling, scale, dropout_p: as in `contracts.block_sparse_attention`.
+    """
+
+    shape: tuple[int, ...]
+    kv_heads: int
+    strides: tuple[tuple[int, ...], ...]
+    entries: int
+    tiles: tuple[int, ...]
+    has_position: bool
+    needs_bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    precision: str
+    facts: Facts
+    tiling: tuple[int, ...]
+    scale: float
+    dropout_p: float
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.shape[1] // self.kv_heads
+
+    def tile(self, index: int) -> Tile:
+        """The tile of a pass, by its place in `configs.Config`."""
+        tile = Tile(*self.tiling[4 * index : 4 * index + 4])
+        return for_precision(tile, self.shape[3], self.precision)
+
+    def constants(self, tile: Tile, bias: BiasArguments, **more: int) -> dict[str, Any]:
+        """What a kernel that walks over tiles is compiled for."""
+        head_dim = self.shape[3]
+        return {
+            "GEOMETRY": self.facts.geometry, "HAS_POSITION": self.has_position, "BIAS": bias.kind,
+            "DROPOUT": self.dropout_p > 0, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
+            "PRECISION": self.precision, "BLOCK_M": tile.rows, **more,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+
+
+def signature(
+    query: Tensor, key: Tensor, others: tuple[Tensor, ...], bias: Tensor | None, tiles: tuple[Tensor, ...],
+    tables: Tables, facts: Facts, tiling: tuple[int, ...], scale: float, dropout_p: float, needs_bias: bool = False,
+) -> Signature:  # fmt: skip
+    """Of a call; `others` are the inputs after query and key whose strides count, `tiles` the tables walked over."""
+    entries = 0
+    if bias is not None and facts.bias in (CELL_BIAS, DISTANCE_BIAS):
+        entries = bias.shape[0 if facts.bias == CELL_BIAS else 1]
+    return Signature(
+        query.shape, key.shape[1], (query.stride(), key.stride(), *[tensor.stride() for tensor in others]),
+        entries, tuple([table.shape[0] for table in tiles]), tables.position.shape[0] > 0, needs_bias,
+        query.dtype, query.device, dot_precision(query.dtype), facts, tiling, scale, dropout_p,
+    )  # fmt: skip
 
 
 class BiasArguments(NamedTuple):
-    """A bias as kernels take it.
+    """What kernels are told of a bias, apart from its values.
 
     Args:
         kind: 0 without a bias, else one of `primitives`' kinds.
-        table: what is added to `q k^T`: fp32 `[H, entries]` over the scale; or the dense bias as it is.
         codes: int32 `[L]`, see `primitives.bias_code`; only for a bias by cells.
         numbers: stride between heads, index of offset zero, factor on a dense bias, row length of the table.
     """
 
     kind: int
-    table: Tensor | None
     codes: Tensor | None
     numbers: tuple[int, int, float, int]
 
-    @property
-    def pointers(self) -> tuple[Tensor | None, Tensor | None]:
-        """The first two arguments of a kernel about the bias."""
-        return self.table, self.codes
 
-
-def bias_arguments(
-    bias: Tensor | None, cells: Tensor | None, tables: Tables, facts: Facts, length: int, scale: float
-) -> BiasArguments:
-    """Prepare a bias. A relative table is small; it is transposed so that offsets are neighbours in memory."""
-    if bias is None or facts.bias == NO_BIAS:
-        return BiasArguments(0, None, None, (0, 0, 1.0, 0))
+def bias_arguments(of: Signature, cells: Tensor | None, tables: Tables) -> BiasArguments:
+    """See `BiasArguments`."""
+    facts = of.facts
+    if facts.bias == NO_BIAS:
+        return BiasArguments(0, None, (0, 0, 1.0, 0))
     if facts.bias == DENSE_BIAS:
-        return BiasArguments(_DENSE, bias.contiguous(), None, (0, 0, 1 / scale, 0))
-    by_head = bias if facts.bias == DISTANCE_BIAS else bias.t()
-    table = torch.empty(by_head.shape, dtype=torch.float32, device=bias.device)
-    torch.mul(by_head.float(), 1 / scale, out=table)
-    numbers = (table.stride(0), facts.centre, 1.0, facts.code_width)
+        return BiasArguments(_DENSE, None, (0, 0, 1 / of.scale, 0))
+    numbers = (of.entries, facts.centre, 1.0, facts.code_width)
     if facts.bias == DISTANCE_BIAS:
-        return BiasArguments(_DISTANCES, table, None, numbers)
-    codes, is_grid = _cell_codes(cells, tables, facts, length)
-    return BiasArguments(_GRID_CODES if is_grid else _TABLE_CODES, table, codes, numbers)
+        return BiasArguments(_DISTANCES, None, numbers)
+    codes, is_grid = _cell_codes(cells, tables, facts, of.shape[2])
+    return BiasArguments(_GRID_CODES if is_grid else _TABLE_CODES, codes, numbers)
+
+
+def scaled_table(query: Tensor, bias: Tensor | None, facts: Facts, scale: float) -> Tensor:
+    """A relative bias as kernels add it to `q k^T`: over the scale, fp32 `[H, entries]`; empty for any other.
+
+    Small, and transposed so that offsets are neighbours in memory.
+    """
+    if bias is None or facts.bias in (NO_BIAS, DENSE_BIAS):
+        return query.new_empty(0, dtype=torch.float32)
+    by_head = bias if facts.bias == DISTANCE_BIAS else bias.t()
+    table = bias.new_empty(by_head.shape, dtype=torch.float32)
+    return torch.mul(by_head if bias.dtype == torch.float32 else by_head.float(), 1 / scale, out=table)
+
+
+def bias_pointer(bias: Tensor | None, table: Tensor, facts: Facts) -> Tensor | None:
+    """What kernels read of a bias: its scaled table, or the dense bias itself."""
+    if bias is None or facts.bias == NO_BIAS:
+        return None
+    return bias.contiguous() if facts.bias == DENSE_BIAS else table
+
+
+def coded_tensors(cells: Tensor | None, tables: Tables, facts: Facts) -> tuple[Tensor, ...]:
+    """The tensors whose values `_cell_codes` depends on."""
+    if facts.bias != CELL_BIAS:
+        return ()
+    coded = (tables.position, tables.forward_tiles)
+    return coded if cells is None else (cells, *coded)
 
 
 def _cell_codes(cells: Tensor | None, tables: Tables, facts: Facts, length: int) -> tuple[Tensor, bool]:
@@ -75,8 +157,7 @@ def _cell_codes(cells: Tensor | None, tables: Tables, facts: Facts, length: int)
             is_grid = bool((codes[tables.position.long() if len(tables.position) else token] == walked).all())
         return codes.int(), is_grid
 
-    keyed = tuple(tensor for tensor in (cells, tables.position, tables.forward_tiles) if tensor is not None)
-    return cache.get(keyed, ("codes", cells is None, *facts, length), build)
+    return cache.get(coded_tensors(cells, tables, facts), ("codes", cells is None, *facts, length), build)
 
 
 class TensorCache:
@@ -88,20 +169,20 @@ class TensorCache:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._entries: OrderedDict[tuple[Any, ...], tuple[Any, tuple[Tensor, ...]]] = OrderedDict()
+        self._entries: dict[tuple[Any, ...], tuple[Any, tuple[Tensor, ...]]] = {}
 
-    def get(self, tensors: tuple[Tensor, ...], numbers: Sequence[Any], build: Callable[[], Any]) -> Any:
+    def get(self, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], build: Callable[[], Any]) -> Any:
         """What `build` returned for these tensors and numbers."""
-        key = (*(_identity(tensor) for tensor in tensors), *numbers)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-        with torch.inference_mode(False):
-            made = build()
-        self._entries[key] = (made, tensors)
-        while len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-        return made
+        key = (*[_identity(tensor) for tensor in tensors], numbers)
+        # Taken out and put back, entries stand in the order of their last use. The backward pass has its own thread.
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            with torch.inference_mode(False):
+                entry = build(), tensors
+        self._entries[key] = entry
+        if len(self._entries) > self._size:
+            self._entries.pop(next(iter(self._entries)), None)
+        return entry[0]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -109,17 +190,16 @@ class TensorCache:
 
 
 cache = TensorCache(_CACHED_TABLES)
+"""Codes of cells and lists of bias gradients, which a batch or a stride does not change."""
+
+plans = TensorCache(_CACHED_PLANS)
+"""Launches of a pass."""
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     # Inference tensors have no version; they cannot be written to outside inference mode either.
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU current, as launches need; nothing to do on a CPU (the interpreter)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def mask_level(masked: int, columns: int) -> int:

@@ -9,25 +9,28 @@ itself (windows that fit a tile).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....kernel_launch import device_of
 from ..contracts import Facts, Tables
 from .arguments import (
+    Signature,
     bias_arguments,
-    device_of,
-    dot_precision,
+    bias_pointer,
+    coded_tensors,
     dropout_numbers,
     mask_level,
-    padded_head_dim,
+    plans,
+    signature,
 )
-from .bias_gradient import bias_gradient, in_shape_of_bias
-from .configs import Tile, for_precision
-from .launches import Launch, launch_all
+from .bias_gradient import BiasGradient, plan_bias_gradient
+from .configs import Tile
+from .launches import Launch, Pass
 from .primitives import (
     LOG2E,
     bias_code,
@@ -270,74 +273,97 @@ def _bsa_bwd_closed_kernel(
     tl.store(row_pointers(base, token, stride_dkl, stride_dkd, offs_d), dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
-    cells: Tensor | None, seed: Tensor | None, tables: Tables, facts: Facts, tiling: Sequence[int], scale: float,
-    dropout_p: float, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate and launch; see `contracts.block_sparse_attention_backward`."""
-    batch, heads, length, head_dim = query.shape
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    dbias = query.new_empty(0)
-    if not query.numel():
-        return dq, dk, dv, torch.zeros_like(bias) if needs_bias else dbias
-    delta = torch.empty_like(lse)
-    of_bias = bias_arguments(bias, cells, tables, facts, length, scale)
-    numbers = (length, facts.height, facts.width, scale, scale * LOG2E.value, *dropout_numbers(dropout_p))
-    precision = dot_precision(query.dtype)
-    constants = {
-        "GEOMETRY": facts.geometry, "HAS_POSITION": len(tables.position) > 0, "BIAS": of_bias.kind,
-        "DROPOUT": dropout_p > 0, "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim), "PRECISION": precision,
-    }  # fmt: skip
-    _, of_dq, of_dkv, closed, of_dbias = (Tile(*tiling[i : i + 4]) for i in range(0, 20, 4))
-    of_dq, of_dkv, of_dbias = (for_precision(tile, head_dim, precision) for tile in (of_dq, of_dkv, of_dbias))
-    group = heads // key.shape[1]
+class _Plan(NamedTuple):
+    """A backward pass.
+
+    Args:
+        launches: of all its kernels, those of the bias gradient last.
+        is_closed: whether one kernel gives the gradients of query, key and value.
+        codes: of all tokens, for a bias by cells.
+        of_bias: what the gradient of the bias takes, if it is asked for.
+    """
+
+    launches: Pass
+    is_closed: bool
+    codes: Tensor | None
+    of_bias: BiasGradient | None
+
+
+def _plan(
+    of: Signature, gradients: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, cells: Tensor | None, tables: Tables
+) -> _Plan:
+    batch, heads, length, _ = of.shape
+    facts, arguments = of.facts, bias_arguments(of, cells, tables)
+    query, key, value, out, dout = of.strides
+    dq, dk, dv = (gradient.stride() for gradient in gradients)
+    # Whole windows: this tile does not depend on the precision.
+    closed = Tile(*of.tiling[12:16])
+    last = (
+        length, facts.height, facts.width, of.scale, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p)
+    )  # fmt: skip
     if closed.rows:
-        tiles = tables.closed_tiles
+        (tiles,) = of.tiles
+        mask = mask_level(facts.closed_steps, closed.columns)
         launches = [Launch(
-            _bsa_bwd_closed_kernel, (len(tiles) * batch * heads,),
-            (
-                query, key, value, dout, lse, delta, dq, dk, dv, *of_bias.pointers, seed,
-                tiles, tables.query_bounds, tables.position,
-                *query.stride(), *key.stride(), *value.stride(), *dout.stride(),
-                *dq.stride(), *dk.stride(), *dv.stride(), *of_bias.numbers, heads, len(tiles), *numbers,
-            ),
-            {"MASK": mask_level(facts.closed_steps, closed.columns), "BLOCK_M": closed.rows, **constants},
-            closed,
+            _bsa_bwd_closed_kernel, (tiles * batch * heads,),
+            (*query, *key, *value, *dout, *dq, *dk, *dv, *arguments.numbers, heads, tiles, *last),
+            of.constants(closed, arguments, MASK=mask),
         )]  # fmt: skip
     else:
-        tiles, key_tiles = tables.dq_tiles, tables.dkv_tiles
+        tiles, key_tiles = of.tiles
+        by_query, by_key = of.tile(1), of.tile(2)
+        mask, key_mask = mask_level(facts.dq_steps, by_query.columns), mask_level(facts.dkv_steps, by_key.columns)
         launches = [Launch(
-            _bsa_bwd_dq_kernel, (len(tiles) * batch * heads,),
-            (
-                query, key, value, out, dout, lse, delta, dq, *of_bias.pointers, seed,
-                tiles, tables.query_bounds, tables.query_bits, tables.position,
-                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *dout.stride(), *dq.stride(),
-                *of_bias.numbers, heads, group, len(tiles), *numbers,
-            ),
-            {"MASK": mask_level(facts.dq_steps, of_dq.columns), "BLOCK_M": of_dq.rows, "BLOCK_N": of_dq.columns,
-             **constants},
-            of_dq,
+            _bsa_bwd_dq_kernel, (tiles * batch * heads,),
+            (*query, *key, *value, *out, *dout, *dq, *arguments.numbers, heads, of.group, tiles, *last),
+            of.constants(by_query, arguments, MASK=mask, BLOCK_N=by_query.columns),
         ), Launch(
-            _bsa_bwd_dkv_kernel, (len(key_tiles) * batch * key.shape[1],),
-            (
-                query, key, value, dout, lse, delta, dk, dv, *of_bias.pointers, seed,
-                key_tiles, tables.key_bounds, tables.key_bits, tables.position,
-                *query.stride(), *key.stride(), *value.stride(), *dout.stride(), *dk.stride(), *dv.stride(),
-                *of_bias.numbers, heads, len(key_tiles), *numbers,
-            ),
-            {"MASK": mask_level(facts.dkv_steps, of_dkv.columns), "GROUP": group, "BLOCK_M": of_dkv.rows,
-             "BLOCK_N": of_dkv.columns, **constants},
-            of_dkv,
+            _bsa_bwd_dkv_kernel, (key_tiles * batch * of.kv_heads,),
+            (*query, *key, *value, *dout, *dk, *dv, *arguments.numbers, heads, key_tiles, *last),
+            of.constants(by_key, arguments, MASK=key_mask, BLOCK_N=by_key.columns, GROUP=of.group),
         )]  # fmt: skip
+    of_bias = plan_bias_gradient(of, arguments, bias, tables) if of.needs_bias else None
+    return _Plan(Pass([*launches, *(of_bias.launches if of_bias else ())]), closed.rows > 0, arguments.codes, of_bias)
+
+
+def launch_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, table: Tensor,
+    bias: Tensor | None, cells: Tensor | None, seed: Tensor | None, tables: Tables, facts: Facts,
+    tiling: tuple[int, ...], scale: float, dropout_p: float, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Allocate and launch; see `contracts.block_sparse_attention_backward`."""
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    if not query.numel():
+        return dq, dk, dv, torch.zeros_like(bias) if needs_bias else query.new_empty(0)
+    delta = torch.empty_like(lse)
+    tiles = (tables.closed_tiles,) if tiling[12] else (tables.dq_tiles, tables.dkv_tiles)
+    of = signature(
+        query, key, (value, out, dout), bias, tiles, tables, facts, tiling, scale, dropout_p, needs_bias
+    )  # fmt: skip
+    keyed = coded_tensors(cells, tables, facts)
+    if needs_bias:
+        keyed += (tables.bias_tiles, tables.query_bounds, tables.position)
+    plan = plans.get(keyed, of, lambda: _plan(of, (dq, dk, dv), bias, cells, tables))
+
+    of_bias = bias_pointer(bias, table, facts), plan.codes, seed
+    if plan.is_closed:
+        pointers = [(
+            query, key, value, dout, lse, delta, dq, dk, dv, *of_bias,
+            tables.closed_tiles, tables.query_bounds, tables.position,
+        )]  # fmt: skip
+    else:
+        pointers = [(
+            query, key, value, out, dout, lse, delta, dq, *of_bias,
+            tables.dq_tiles, tables.query_bounds, tables.query_bits, tables.position,
+        ), (
+            query, key, value, dout, lse, delta, dk, dv, *of_bias,
+            tables.dkv_tiles, tables.key_bounds, tables.key_bits, tables.position,
+        )]  # fmt: skip
+    if plan.of_bias is None:
+        dbias = query.new_empty(0)
+    else:
+        dbias, more = plan.of_bias.allocate(bias, (query, key, value, dout, lse, delta), of_bias, tables)
+        pointers += more
     with device_of(query):
-        if needs_bias:
-            gradient, summing = bias_gradient(
-                dout, query, key, value, lse, delta, of_bias, seed, tables, facts, of_dbias, scale, dropout_p,
-            )  # fmt: skip
-            launches += summing
-        launch_all(launches, query.device)
-        if needs_bias:
-            dbias = in_shape_of_bias(gradient, bias, facts)
+        plan.launches.run(pointers, query.device)
     return dq, dk, dv, dbias

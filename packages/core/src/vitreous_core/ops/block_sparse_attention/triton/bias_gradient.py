@@ -21,9 +21,9 @@ from torch import Tensor
 from ....schedule import BIT_BLOCK, IMAGE
 from ....schedule import BLOCKS as BLOCKS_GEOMETRY
 from ..contracts import CELL_BIAS, DENSE_BIAS, DISTANCE_BIAS, Facts, Tables
-from .arguments import BiasArguments, cache, dot_precision, dropout_numbers, mask_level, padded_head_dim
+from .arguments import BiasArguments, Signature, cache, dropout_numbers, mask_level
 from .configs import Tile
-from .launches import Launch
+from .launches import Launch, Pointers
 from .primitives import (
     DENSE,
     LOG2E,
@@ -47,8 +47,6 @@ _STEPS_PER_PROGRAM = 16
 
 _LARGEST_WORKSPACE = 2**27
 """Floats of partial tiles; above it heads take turns."""
-
-_FOLD, _SUM = Tile(0, 0, 4, 1), Tile(0, 0, 1, 1)
 
 
 @triton.jit
@@ -145,10 +143,13 @@ def _bsa_bias_fold_kernel(
 
 @triton.jit
 def _bsa_bias_sum_kernel(
-    folded_ptr, slot_ptr, first_ptr, entry_ptr, out_ptr, first_head, launch_heads, entries,
+    folded_ptr, slot_ptr, first_ptr, entry_ptr, out_ptr, first_head, launch_heads, stride_entry, stride_head,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one table entry of one head: the sum of its slots. Grid: entries that occur x heads."""
+    """Gradient of one table entry of one head: the sum of its slots; and zeros up to the next entry that occurs.
+
+    Grid: entries that occur x heads.
+    """
     row, head = tl.program_id(0), tl.program_id(1)
     first, past = tl.load(first_ptr + row), tl.load(first_ptr + row + 1)
     total = tl.zeros([BLOCK], tl.float32)
@@ -158,70 +159,107 @@ def _bsa_bias_sum_kernel(
         place = (slot // SLOTS).to(tl.int64)
         pointers = folded_ptr + (place * launch_heads + head) * SLOTS + slot % SLOTS
         total += tl.load(pointers, mask=offs < past, other=0.0)
-    tl.store(out_ptr + (first_head + head) * entries + tl.load(entry_ptr + row), tl.sum(total, 0))
+    gradient = tl.sum(total, 0)
+    entry, next_entry = tl.load(entry_ptr + row), tl.load(entry_ptr + row + 1)
+    base = out_ptr + (first_head + head) * stride_head
+    for start in range(tl.where(row == 0, 0, entry), next_entry, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        values = tl.where(offs == entry, gradient, 0.0).to(out_ptr.dtype.element_ty)
+        tl.store(base + offs * stride_entry, values, mask=offs < next_entry)
 
 
-def bias_gradient(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, of_bias: BiasArguments,
-    seed: Tensor | None, tables: Tables, facts: Facts, tile: Tile, scale: float, dropout_p: float,
-) -> tuple[Tensor, list[Launch]]:  # fmt: skip
-    """A tensor `[H, entries]` (dense: `[H, L, L]`) fp32, and the launches that leave the gradient in it."""
-    batch, heads, length, head_dim = query.shape
+class BiasGradient(NamedTuple):
+    """The gradient of a bias, planned.
+
+    Args:
+        launches: in their order; heads may take turns.
+        turns: how many.
+        lists: what the kernels walk over.
+        partial_size, folded_size: floats of the workspaces; 0 for one that is not needed.
+        is_written: whether the kernels write all of the gradient; it must be zero before otherwise.
+    """
+
+    launches: tuple[Launch, ...]
+    turns: int
+    lists: BiasLists
+    partial_size: int
+    folded_size: int
+    is_written: bool
+
+    def allocate(
+        self, bias: Tensor, inputs: tuple[Tensor, ...], of_bias: tuple[Tensor | None, ...], tables: Tables
+    ) -> tuple[Tensor, list[Pointers]]:
+        """The gradient, in the bias's own shape and dtype, and the pointers of the launches that leave it there.
+
+        Args:
+            bias: of the operator.
+            inputs: query, key, value, cotangent, log-sum-exp, and `delta` of the kernels before.
+            of_bias: table, codes and seed as those kernels take them.
+            tables: of the schedule.
+        """
+        new = torch.empty_like if self.is_written else torch.zeros_like
+        gradient, lists = new(bias, memory_format=torch.contiguous_format), self.lists
+        partial = inputs[0].new_empty(self.partial_size, dtype=torch.float32) if self.partial_size else gradient
+        pointers = [(
+            *inputs, partial, *of_bias, lists.items, lists.members,
+            tables.bias_tiles, tables.query_bounds, tables.query_bits, tables.position,
+        )]  # fmt: skip
+        if self.partial_size:
+            folded = partial
+            if self.folded_size:
+                folded = partial.new_empty(self.folded_size)
+                pointers.append((partial, folded, lists.first_item))
+            pointers.append((folded, lists.slots, lists.first_slot, lists.entries, gradient))
+        # Turns follow each other on the stream and share their workspace.
+        return gradient, pointers * self.turns
+
+
+def plan_bias_gradient(of: Signature, arguments: BiasArguments, bias: Tensor, tables: Tables) -> BiasGradient:
+    """See `BiasGradient`."""
+    batch, heads, length, _ = of.shape
+    facts, tile = of.facts, of.tile(4)
     is_dense = facts.bias == DENSE_BIAS
-    shape = of_bias.table.shape
-    plan = _plan(tables, facts, of_bias, length, batch * heads, tile)
-    items, places, slots = len(plan.items), max(len(plan.first_item) - 1, 0), tile.rows * tile.columns
-    wanted = _programs(plan.steps * batch * heads)
+    lists = _lists(tables, facts, arguments, of.entries, length, batch * heads, tile)
+    items, places, slots = len(lists.items), max(len(lists.first_item) - 1, 0), tile.rows * tile.columns
+    wanted = _programs(lists.steps * batch * heads)
     splits = 1 if is_dense else max(1, min(batch, wanted // max(items * heads, 1)))
     turn = heads if is_dense else max(1, min(heads, _LARGEST_WORKSPACE // max(splits * items * slots, 1)))
-    gradient = torch.zeros(shape, dtype=torch.float32, device=query.device)
-    # Turns follow each other on the stream and share their workspace.
-    partial = gradient if is_dense else gradient.new_empty(splits * turn * items * slots)
-    is_folded = items * splits > places
-    folded = gradient.new_empty(places * turn * slots) if is_folded and not is_dense else partial
+    is_folded = not is_dense and items * splits > places
+    constants = of.constants(
+        tile, arguments, MASK=mask_level(facts.bias_steps, tile.columns), BLOCK_N=tile.columns
+    )  # fmt: skip
+    stride_entry, stride_head = (heads, 1) if facts.bias == CELL_BIAS else (1, of.entries)
+    query, key, value, _, dout = of.strides
     launches = []
     for first_head in range(0, heads if items else 0, turn):
         launched = min(turn, heads - first_head)
-        launches.append(Launch(
-            _bsa_bwd_bias_kernel, (items * launched * splits,),
-            (
-                query, key, value, dout, lse, delta, partial, *of_bias.pointers, seed,
-                plan.items, plan.members, tables.bias_tiles, tables.query_bounds, tables.query_bits, tables.position,
-                *query.stride(), *key.stride(), *value.stride(), *dout.stride(), *of_bias.numbers,
-                first_head, launched, batch, splits, heads, heads // key.shape[1], items, length, facts.height,
-                facts.width, scale * LOG2E.value, *dropout_numbers(dropout_p),
-            ),
-            {
-                "GEOMETRY": facts.geometry, "MASK": mask_level(facts.bias_steps, tile.columns),
-                "HAS_POSITION": len(tables.position) > 0, "BIAS": of_bias.kind, "DROPOUT": dropout_p > 0,
-                "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": tile.rows,
-                "BLOCK_N": tile.columns, "PRECISION": dot_precision(query.dtype),
-            },
-            tile,
-        ))  # fmt: skip
-        if is_dense:
-            continue
+        numbers = (
+            *query, *key, *value, *dout, *arguments.numbers, first_head, launched, batch, splits, heads, of.group,
+            items, length, facts.height, facts.width, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p),
+        )  # fmt: skip
+        launches.append(Launch(_bsa_bwd_bias_kernel, (items * launched * splits,), numbers, constants))
         if is_folded:
             launches.append(Launch(
-                _bsa_bias_fold_kernel, (places * launched, slots // 512),
-                (partial, folded, plan.first_item, splits, launched), {"SLOTS": slots, "BLOCK": 512}, _FOLD,
+                _bsa_bias_fold_kernel, (places * launched, slots // 512), (splits, launched),
+                {"SLOTS": slots, "BLOCK": 512, "num_warps": 4, "num_stages": 1},
             ))  # fmt: skip
-        launches.append(Launch(
-            _bsa_bias_sum_kernel, (len(plan.entries), launched),
-            (folded, plan.slots, plan.first_slot, plan.entries, gradient, first_head, launched, shape[1]),
-            {"SLOTS": slots, "BLOCK": 128}, _SUM,
-        ))  # fmt: skip
-    return gradient, launches
+        if not is_dense:
+            launches.append(Launch(
+                _bsa_bias_sum_kernel, (len(lists.entries) - 1, launched),
+                (first_head, launched, stride_entry, stride_head),
+                {"SLOTS": slots, "BLOCK": 128, "num_warps": 1, "num_stages": 1},
+            ))  # fmt: skip
+    return BiasGradient(
+        tuple(launches),
+        turns=len(range(0, heads if items else 0, turn)),
+        lists=lists,
+        partial_size=0 if is_dense else splits * turn * items * slots,
+        folded_size=places * turn * slots if is_folded else 0,
+        is_written=len(lists.entries) > 1,
+    )
 
 
-def in_shape_of_bias(gradient: Tensor, bias: Tensor, facts: Facts) -> Tensor:
-    """What `bias_gradient` left, in the bias's own shape and dtype."""
-    if facts.bias == CELL_BIAS:
-        gradient = gradient.t()
-    return gradient.to(bias.dtype).contiguous()
-
-
-class BiasPlan(NamedTuple):
+class BiasLists(NamedTuple):
     """Items of the partial sums, and for a table the slots of each entry that occurs.
 
     A *place* is a class and a column block; its items, which follow each other, share its slots.
@@ -232,7 +270,7 @@ class BiasPlan(NamedTuple):
         first_item: int32 `[P + 1]`, where each place's items begin.
         slots: int32, slots `place * M * N + m * N + n` by table entry.
         first_slot: int32 `[E + 1]`, where each entry's slots begin.
-        entries: int32 `[E]`, the table entries that occur.
+        entries: int32 `[E + 1]`, the table entries that occur, ascending, then the table's length.
         steps: matrix tiles per image and head.
     """
 
@@ -249,15 +287,21 @@ def _programs(steps: int) -> int:
     return max(_FEWEST_PROGRAMS, min(_MOST_PROGRAMS, steps // _STEPS_PER_PROGRAM))
 
 
-def _plan(tables: Tables, facts: Facts, of_bias: BiasArguments, length: int, images: int, tile: Tile) -> BiasPlan:
+def _lists(
+    tables: Tables, facts: Facts, of_bias: BiasArguments, entries: int, length: int, images: int, tile: Tile
+) -> BiasLists:
     keyed = [tables.bias_tiles, tables.query_bounds, tables.position]
     if of_bias.codes is not None:
         keyed.append(of_bias.codes)
-    numbers = ("plan", *facts, length, images, of_bias.table.shape[-1], *tile)
-    return cache.get(tuple(keyed), numbers, lambda: _build_plan(tables, facts, of_bias, length, images, tile))
+    numbers = ("lists", *facts, length, images, entries, *tile)
+    return cache.get(
+        tuple(keyed), numbers, lambda: _build_lists(tables, facts, of_bias, entries, length, images, tile)
+    )  # fmt: skip
 
 
-def _build_plan(tables: Tables, facts: Facts, of_bias: BiasArguments, length: int, images: int, tile: Tile) -> BiasPlan:
+def _build_lists(
+    tables: Tables, facts: Facts, of_bias: BiasArguments, table_length: int, length: int, images: int, tile: Tile
+) -> BiasLists:
     """Find the classes, cut the work and list the slots of each table entry. Synchronises; runs once per pattern."""
     device, columns = tables.bias_tiles.device, tile.columns
     row_token, is_row, column_token, is_column = _tokens(tables, facts, length, tile.rows)
@@ -270,7 +314,7 @@ def _build_plan(tables: Tables, facts: Facts, of_bias: BiasArguments, length: in
         owner = torch.repeat_interleave(every, column_blocks)
         block = torch.arange(steps, device=device) - (column_blocks.cumsum(0) - column_blocks)[owner]
         items = torch.stack((owner, owner + 1, block * columns), 1).int()
-        return BiasPlan(every.int(), items, none, none, none, none, steps)
+        return BiasLists(every.int(), items, none, none, none, none, steps)
 
     row_code, column_code = (_codes(token, facts, of_bias) for token in (row_token, column_token))
     # Codes relative to the tile's first row; padding gets a code no real cell can have.
@@ -293,7 +337,7 @@ def _build_plan(tables: Tables, facts: Facts, of_bias: BiasArguments, length: in
             first_item.append(len(items))
         first += size
     if not items:
-        return BiasPlan(members.int(), none.reshape(0, 3), none, none, none, none, steps)
+        return BiasLists(members.int(), none.reshape(0, 3), none, none, none, none, steps)
 
     leaders = torch.tensor(leaders, device=device)
     leader = members[leaders[:, 0]]
@@ -304,14 +348,15 @@ def _build_plan(tables: Tables, facts: Facts, of_bias: BiasArguments, length: in
     entry = row_code[leader][:, :, None] - column_code[:, None, :] + facts.centre
     is_slot = is_row[leader][:, :, None] & is_column[:, None, :]
     # Pairs beyond the table's reach are invisible.
-    is_slot &= (entry >= 0) & (entry < of_bias.table.shape[-1])
+    is_slot &= (entry >= 0) & (entry < table_length)
     slots = torch.nonzero(is_slot.flatten())[:, 0]
     entry, by_entry = torch.sort(entry.flatten()[slots], stable=True)
     entries, counts = torch.unique_consecutive(entry, return_counts=True)
+    entries = torch.nn.functional.pad(entries, (0, 1), value=table_length)
     first_slot = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     as_table = torch.tensor(items, dtype=torch.int32, device=device)
     first_item = torch.tensor(first_item, dtype=torch.int32, device=device)
-    return BiasPlan(members.int(), as_table, first_item, slots[by_entry].int(), first_slot.int(), entries.int(), steps)
+    return BiasLists(members.int(), as_table, first_item, slots[by_entry].int(), first_slot.int(), entries.int(), steps)
 
 
 def _codes(token: Tensor, facts: Facts, of_bias: BiasArguments) -> Tensor:

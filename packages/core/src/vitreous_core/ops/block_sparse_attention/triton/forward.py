@@ -4,23 +4,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....kernel_launch import device_of, launch_kernel
 from ..contracts import Facts, Tables
 from .arguments import (
+    Signature,
     bias_arguments,
-    device_of,
-    dot_precision,
+    bias_pointer,
+    coded_tensors,
     dropout_numbers,
     mask_level,
-    padded_head_dim,
+    plans,
+    scaled_table,
+    signature,
 )
-from .configs import Tile, for_precision
+from .launches import Launch
 from .primitives import (
     HIDDEN,
     LOG2E,
@@ -118,30 +120,37 @@ def _bsa_fwd_kernel(
     tl.store(lse_ptr + batch_head.to(tl.int64) * length + query_token, lse, mask=is_row)
 
 
+def _plan(of: Signature, out: Tensor, cells: Tensor | None, tables: Tables) -> tuple[Launch, Tensor | None]:
+    """The launch, and the codes of all tokens for a bias by cells."""
+    batch, heads, length, _ = of.shape
+    bias, tile, (tiles,) = bias_arguments(of, cells, tables), of.tile(0), of.tiles
+    strides = [stride for strides in (*of.strides, out.stride()) for stride in strides]
+    numbers = (
+        *strides, *bias.numbers, heads, of.group, tiles, length, of.facts.height, of.facts.width,
+        of.scale * LOG2E.value, *dropout_numbers(of.dropout_p),
+    )  # fmt: skip
+    mask = mask_level(of.facts.forward_steps, tile.columns)
+    constants = of.constants(tile, bias, MASK=mask, BLOCK_N=tile.columns)
+    return Launch(_bsa_fwd_kernel, (tiles * batch * heads,), numbers, constants), bias.codes
+
+
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, cells: Tensor | None, seed: Tensor | None,
-    tables: Tables, facts: Facts, tiling: Sequence[int], scale: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tables: Tables, facts: Facts, tiling: tuple[int, ...], scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Allocate and launch; see `contracts.block_sparse_attention`."""
-    batch, heads, length, head_dim = query.shape
     out = torch.empty_like(query)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    table = scaled_table(query, bias, facts, scale)
     if not query.numel():
-        return out, lse
-    of_bias = bias_arguments(bias, cells, tables, facts, length, scale)
-    precision = dot_precision(query.dtype)
-    tile, tiles = for_precision(Tile(*tiling[:4]), head_dim, precision), tables.forward_tiles
+        return out, lse, table
+    tiles = tables.forward_tiles
+    of = signature(query, key, (value,), bias, (tiles,), tables, facts, tiling, scale, dropout_p)
+    launch, codes = plans.get(coded_tensors(cells, tables, facts), of, lambda: _plan(of, out, cells, tables))
+    pointers = (
+        query, key, value, out, lse, bias_pointer(bias, table, facts), codes, seed,
+        tiles, tables.query_bounds, tables.query_bits, tables.position,
+    )  # fmt: skip
     with device_of(query):
-        _bsa_fwd_kernel[(len(tiles) * batch * heads,)](
-            query, key, value, out, lse, *of_bias.pointers, seed,
-            tiles, tables.query_bounds, tables.query_bits, tables.position,
-            *query.stride(), *key.stride(), *value.stride(), *out.stride(),
-            *of_bias.numbers,
-            heads, heads // key.shape[1], len(tiles), length, facts.height, facts.width, scale * LOG2E.value,
-            *dropout_numbers(dropout_p),
-            GEOMETRY=facts.geometry, MASK=mask_level(facts.forward_steps, tile.columns),
-            HAS_POSITION=len(tables.position) > 0, BIAS=of_bias.kind, DROPOUT=dropout_p > 0,
-            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return out, lse
+        launch_kernel(launch.kernel, launch.grid, pointers, launch.numbers, launch.constants)
+    return out, lse, table

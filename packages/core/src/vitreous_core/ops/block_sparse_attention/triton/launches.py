@@ -10,60 +10,65 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
-from .configs import Tile
+from ....kernel_launch import launch_kernel
+
+Pointers = tuple[Tensor | None, ...]
 
 
 class Launch(NamedTuple):
-    """One kernel launch.
+    """One kernel launch, planned: all of it but its pointers.
 
     Args:
         kernel: a function of `triton.jit`.
         grid: numbers of programs.
-        arguments: in the kernel's order, without its constants.
-        constants: by name.
-        tile: for its warps and stages.
+        numbers: its arguments after the pointers, in its order.
+        constants: its other arguments by name, with warps and stages.
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
+    numbers: tuple[float, ...]
     constants: dict[str, Any]
-    tile: Tile
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All keyword arguments."""
-        return {**self.constants, "num_warps": self.tile.warps, "num_stages": self.tile.stages}
+
+class Pass:
+    """Launches that follow each other on the current stream."""
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.launches = tuple(launches)
+        self._is_compiled = False
+
+    def run(self, pointers: Sequence[Pointers], device: torch.device) -> None:
+        """Launch in order, each with its pointers."""
+        if not self._is_compiled:
+            if device.type == "cuda":
+                _compile_new(self.launches, pointers, device)
+            self._is_compiled = True
+        for launch, own in zip(self.launches, pointers, strict=True):
+            launch_kernel(launch.kernel, launch.grid, own, launch.numbers, launch.constants)
 
 
 _known: set[tuple[Any, ...]] = set()
 
 
-def launch_all(launches: Sequence[Launch], device: torch.device) -> None:
-    """Launch in order on the current stream."""
-    if device.type == "cuda":
-        _compile_new(launches, device)
-    for launch in launches:
-        launch.kernel[launch.grid](*launch.arguments, **launch.settings)
-
-
-def _compile_new(launches: Sequence[Launch], device: torch.device) -> None:
+def _compile_new(launches: Sequence[Launch], pointers: Sequence[Pointers], device: torch.device) -> None:
     """Most of a compilation holds no lock of Python's: several together take little longer than the slowest.
 
     The key leaves out what Triton specialises on besides, such as alignment: what is missed compiles at its launch.
     """
     new = {}
-    for launch in launches:
-        key = (launch.kernel, launch.arguments[0].dtype, device, launch.tile, *launch.constants.values())
+    for launch, own in zip(launches, pointers, strict=True):
+        key = (launch.kernel, own[0].dtype, device, *launch.constants.values())
         if key not in _known:
-            new[key] = launch
+            new[key] = launch, own
     if len(new) > 1:
         with ThreadPoolExecutor(len(new)) as pool:
             with triton.AsyncCompileMode(pool):
                 kernels = [
-                    launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.settings)
-                    for launch in new.values()
+                    launch.kernel.warmup(*own, *launch.numbers, grid=launch.grid, **launch.constants)
+                    for launch, own in new.values()
                 ]
             list(pool.map(_build_launcher, kernels))
     _known.update(new)
