@@ -130,6 +130,8 @@ def run_case(
     device = torch.device(case.device)
     contenders = _prepare_all(case, providers, device, console)
     if lock is not None:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # for those whose turn it is
         console.print(f"  {case.name} waits for {lock}", style="dim", highlight=False)
     with _held(lock) as shared:
         for row in _measure(case, contenders, device, roof()):
