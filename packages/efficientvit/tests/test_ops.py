@@ -39,6 +39,10 @@ Build = Callable[..., nn.Sequential]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
+both_devices = pytest.mark.parametrize(
+    "where", [pytest.param("interpreter", marks=pytest.mark.interpret), pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+
 
 class Attention(NamedTuple):
     """Channels, heads, window, kernels and key channels of a layer; batch, height and width of the map; its dtype."""
@@ -188,6 +192,39 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_interpreted(name: str) -> None:
     check(SMALL[name])
+
+
+ALIKE: dict[str, tuple[Case, Case]] = {
+    "kernels": (Attention(32, 2, 4, (5, 3), 4, (1, 4, 7), HALF), Attention(32, 2, 4, (3, 5), 4, (1, 4, 7), HALF)),
+    "sizes": (Attention(16, 1, 3, (3,), 16, (2, 4, 6), HALF), Attention(16, 1, 3, (3,), 16, (2, 6, 4), HALF)),
+    "convolution-before": (FeedForward(24, (1, 3, 2), HALF), FeedForward(24, (1, 3, 2), HALF, local=False)),
+    "relu": (Convolution(3, 8, (1, 6, 8), HALF), Convolution(3, 8, (1, 6, 8), HALF, relu=False)),
+    "dtype": (Convolution(8, 16, (1, 6, 8), HALF), Convolution(8, 16, (1, 6, 8), SINGLE)),
+    "merging": (Merging(24, 16, (1, 5, 8), HALF), Merging(24, 16, (1, 8, 5), HALF)),
+}
+
+
+@both_devices
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_is_remembered_of_one_call_is_not_taken_for_another(where: str, name: str) -> None:
+    one, other = ALIKE[name]
+    for case in (one, other, one):
+        check(case)
+
+
+@both_devices
+@torch.no_grad()
+def test_an_image_at_any_address(where: str) -> None:
+    """Aligned to 16 bytes; to 4, as pairs of numbers need; to 2."""
+    layer = FusedConvolution(randomize(ConvBN(3, 8, 3, stride=2, padding=1)).folded(), True, "triton").to(DEVICE, HALF)
+    image, memory = torch.randn(2 * 6 * 8 * 3, device=DEVICE, dtype=HALF), torch.empty(400, device=DEVICE, dtype=HALF)
+    results = []
+    for start in (0, 2, 1, 0):
+        moved = memory[start:][: len(image)].copy_(image)
+        results.append(layer(moved.view(2, 6, 8, 3).permute(0, 3, 1, 2)))
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[3], results[0])
+    torch.testing.assert_close(results[2], results[0], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.gpu

@@ -202,14 +202,15 @@ def _check(
 ) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must be [B, {channels}, height, width]; got {tuple(x.shape)}")
+    dtype, device = x.dtype, x.device
     for name, shape in shapes.items():
         tensor: Tensor = getattr(weights, name)
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}; got {tuple(tensor.shape)}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}. Call contiguous()")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"{name} must have the dtype and device of x, {x.dtype} on {x.device}; "
+                f"{name} must have the dtype and device of x, {dtype} on {device}; "
                 f"got {tensor.dtype} on {tensor.device}. Move the model, or cast the images"
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,56 +28,63 @@ _library.define(
     "halving_depthwise(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_operators = torch.ops.vitreous_efficientvit
+_cascaded_group_attention = torch.ops.vitreous_efficientvit.cascaded_group_attention.default
+_feed_forward = torch.ops.vitreous_efficientvit.feed_forward.default
+_halving_convolution = torch.ops.vitreous_efficientvit.halving_convolution.default
+_halving_depthwise = torch.ops.vitreous_efficientvit.halving_depthwise.default
 
 
 def attention(x: Tensor, weights: AttentionWeights) -> Tensor:
     """Call the operator."""
-    result: Tensor = _operators.cascaded_group_attention.default(x, *weights)
+    _refuse_gradients("cascaded_group_attention", x, *weights.tensors)
+    result: Tensor = _cascaded_group_attention(x, *weights)
     return result
 
 
 def feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
     """Call the operator."""
-    result: Tensor = _operators.feed_forward.default(x, *weights)
+    _refuse_gradients("feed_forward", x, *weights)
+    result: Tensor = _feed_forward(x, *weights)
     return result
 
 
 def halving_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Tensor:
     """Call the operator."""
-    result: Tensor = _operators.halving_convolution.default(x, *weights, relu)
+    _refuse_gradients("halving_convolution", x, *weights)
+    result: Tensor = _halving_convolution(x, *weights, relu)
     return result
 
 
 def halving_depthwise(x: Tensor, weights: DepthwiseWeights) -> tuple[Tensor, Tensor]:
     """Call the operator."""
-    result: tuple[Tensor, Tensor] = _operators.halving_depthwise.default(x, *weights)
+    _refuse_gradients("halving_depthwise", x, *weights)
+    result: tuple[Tensor, Tensor] = _halving_depthwise(x, *weights)
     return result
 
 
 @torch.library.impl(_library, "cascaded_group_attention", "CompositeExplicitAutograd")
-def _attention(x: Tensor, *weights: Any) -> Tensor:
+def _run_attention(x: Tensor, *weights: Any) -> Tensor:
     from .triton.attention import launch_attention
 
     return launch_attention(x, AttentionWeights(*weights))
 
 
 @torch.library.impl(_library, "feed_forward", "CompositeExplicitAutograd")
-def _feed_forward(x: Tensor, *weights: Any) -> Tensor:
+def _run_feed_forward(x: Tensor, *weights: Any) -> Tensor:
     from .triton.feed_forward import launch_feed_forward
 
     return launch_feed_forward(x, FeedForwardWeights(*weights))
 
 
 @torch.library.impl(_library, "halving_convolution", "CompositeExplicitAutograd")
-def _halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def _run_convolution(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     from .triton.convolution import launch_convolution
 
     return launch_convolution(x, ConvolutionWeights(weight, bias), relu)
 
 
 @torch.library.impl(_library, "halving_depthwise", "CompositeExplicitAutograd")
-def _halving_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _run_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     from .triton.convolution import launch_depthwise
 
     return launch_depthwise(x, DepthwiseWeights(weight, bias))
@@ -111,19 +116,8 @@ def _halved(x: Tensor, channels: int) -> Tensor:
     return x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, channels).permute(0, 3, 1, 2)
 
 
-def _call_without_gradient(name: str, *arguments: Any) -> Any:
-    _refuse_gradients(name, arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(_operators, name).default(*arguments)
-
-
-for _name in ("cascaded_group_attention", "feed_forward", "halving_convolution", "halving_depthwise"):
-    _library.impl(_name, partial(_call_without_gradient, _name), "Autograd")
-
-
-def _refuse_gradients(name: str, arguments: Sequence[Any]) -> None:
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             f"{name} is for inference and has no gradient, but an input requires one. "
             "Call it under torch.no_grad(), or use backend='torch'"

@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
 from ..weights import BIAS_TILE, AttentionWeights
 from . import resources
-from .configs import attention_tile, precision
+from .configs import PLANS, Launch, attention_tile, precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -153,31 +155,43 @@ def _convolve(
     return total
 
 
+@lru_cache(maxsize=PLANS)
+def _plan(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, products: str,
+    weight_shape: tuple[int, ...], kernel_sizes: tuple[int, ...], side: int,
+) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """The launch, and the shapes of what its programs keep: queries, and the heads' outputs."""
+    batch, channels, height, width = shape
+    heads, mixed, value_dim = weight_shape
+    key_dim = (mixed - value_dim) // 2
+    rows, columns = triton.cdiv(height, side), triton.cdiv(width, side)
+    windows = batch * rows * columns
+    multiprocessors, _ = resources(device)
+    tile = attention_tile(dtype, products == "tf32", windows, side, value_dim, multiprocessors)
+    groups = triton.cdiv(windows, tile.windows)
+    programs = min(groups, multiprocessors * tile.programs)
+    block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (key_dim, value_dim))
+    constants = {
+        "KERNELS": kernel_sizes, "HEADS": heads, "VALUE_DIM": value_dim, "KEY_DIM": key_dim, "SIDE": side,
+        "GROUP": tile.windows, "TILE": BIAS_TILE, "BLOCK_N": tile.rows, "BLOCK_K": block_k, "BLOCK_V": block_v,
+        "BLOCK_C": tile.columns, "BLOCK_D": tile.depth, "PRECISION": products, "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }  # fmt: skip
+    launch = Launch((programs,), (groups, windows, rows, columns, height, width), constants)
+    return launch, (programs, 2, tile.rows, block_k), (programs, tile.rows, channels)
+
+
 def launch_attention(x: Tensor, weights: AttentionWeights) -> Tensor:
     """The operator; the result is channels-last, and so is `x` unless a copy is made."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
-    heads, _, value_dim = weights.qkv_weight.shape
-    side, key_dim = weights.window_size, weights.query_bias.shape[1]
-    rows, columns = triton.cdiv(height, side), triton.cdiv(width, side)
-    windows = batch * rows * columns
-    if not windows:
+    if not x.numel():
         return out
-    multiprocessors, _ = resources(x.device)
-    products = precision(x.dtype)
-    tile = attention_tile(x.dtype, products == "tf32", windows, side, value_dim, multiprocessors)
-    groups = triton.cdiv(windows, tile.windows)
-    programs = min(groups, multiprocessors * tile.programs)
-    block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (key_dim, value_dim))
-    queries = torch.empty(programs, 2, tile.rows, block_k, dtype=x.dtype, device=x.device)
-    outputs = torch.empty(programs, tile.rows, channels, dtype=x.dtype, device=x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _attention_kernel[(programs,)](
-            x, *weights.tensors, queries, outputs, out, groups, windows, rows, columns, height, width,
-            KERNELS=tuple(weights.kernel_sizes), HEADS=heads, VALUE_DIM=value_dim, KEY_DIM=key_dim, SIDE=side,
-            GROUP=tile.windows, TILE=BIAS_TILE, BLOCK_N=tile.rows, BLOCK_K=block_k, BLOCK_V=block_v,
-            BLOCK_C=tile.columns, BLOCK_D=tile.depth, PRECISION=products, STAGES=tile.stages,
-            num_warps=tile.warps,
-        )  # fmt: skip
+    launch, *scratch = _plan(
+        x.shape, x.dtype, x.device, precision(x.dtype), weights.qkv_weight.shape, tuple(weights.kernel_sizes),
+        weights.window_size,
+    )  # fmt: skip
+    queries, outputs = (x.new_empty(shape) for shape in scratch)
+    with device_of(x):
+        launch_kernel(_attention_kernel, launch.grid, (x, *weights.tensors, queries, outputs, out), *launch[1:])
     return out

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from ..weights import BIAS_TILE
+
+PLANS = 1024
+"""How many launches of each kernel are remembered."""
+
+
+class Launch(NamedTuple):
+    """One launch, planned: what `launch_kernel` takes beside pointers."""
+
+    grid: tuple[int, ...]
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
 from ..weights import ConvolutionWeights, DepthwiseWeights
-from .configs import convolution_tile, depthwise_tile, precision
+from .configs import PLANS, Launch, convolution_tile, depthwise_tile, precision
 
 IMAGE_CHANNELS = 3
 _WORDS = 5
@@ -53,7 +55,7 @@ def _convolution_kernel(
 
 @triton.jit
 def _image_kernel(
-    words_ptr, weight_ptr, bias_ptr, out_ptr, height, width, out_height, out_width, row_tiles, column_tiles,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, height, width, out_height, out_width, row_tiles, column_tiles,
     OUTPUTS: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +73,8 @@ def _image_kernel(
     is_there = (row < 3)[None, :] & (in_y >= 0) & (in_y < height) & (x < out_width)[:, None]
     is_there = is_there & ((x > 0)[:, None] | (place >= 2)[None, :])
     offset = in_y * (width * 3 // 2) + (3 * x - 2)[:, None] + place[None, :]
-    words = tl.load(words_ptr + image * height * (width * 3 // 2) + offset, mask=is_there, other=0)
+    words_ptr = x_ptr.to(tl.pointer_type(tl.int32)) + image * height * (width * 3 // 2)
+    words = tl.load(words_ptr + offset, mask=is_there, other=0)
     low = words.to(tl.int16).to(dtype, bitcast=True)
     high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
     # The number in front is no neighbour, and might not be finite.
@@ -154,55 +157,64 @@ def _depthwise_kernel(
     )  # fmt: skip
 
 
+@lru_cache(maxsize=PLANS)
+def _plan_convolution(
+    shape: tuple[int, ...], dtype: torch.dtype, products: str, outputs: int, relu: bool, by_pairs: bool
+) -> Launch:  # fmt: skip
+    batch, channels, height, width = shape
+    out_height, out_width = _halved(height), _halved(width)
+    tile = convolution_tile(dtype, channels, out_height, out_width)
+    rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
+    # As many outputs at a time as registers hold the weights of.
+    most = 32 if dtype == torch.float32 else 128 if channels <= 64 else 64
+    block_o = min(max(triton.next_power_of_2(outputs), 16), most)
+    constants = {
+        "OUTPUTS": outputs, "RELU": relu, "ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_O": block_o,
+        "num_warps": tile.warps,
+    }  # fmt: skip
+    if by_pairs:
+        constants |= {"WORDS": _WORDS}
+    else:
+        block_k = max(triton.next_power_of_2(tile.taps * channels), 16)
+        constants |= {"CHANNELS": channels, "TAPS": tile.taps, "BLOCK_K": block_k, "PRECISION": products}
+    grid = (batch * rows * columns, triton.cdiv(outputs, block_o))
+    return Launch(grid, (height, width, out_height, out_width, rows, columns), constants)
+
+
 def launch_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Tensor:
     """The operator; the result is channels-last, and so is `x` unless a copy is made."""
     x = x.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
     outputs = weights.bias.shape[0]
-    out_height, out_width = _halved(height), _halved(width)
-    out = _channels_last(x, outputs, out_height, out_width)
+    out = _halved_map(x, outputs)
     if not out.numel():
         return out
-    by_pairs = channels == IMAGE_CHANNELS and width % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
-    tile = convolution_tile(x.dtype, channels, out_height, out_width)
-    rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
-    sizes = (height, width, out_height, out_width, rows, columns)
-    # As many outputs at a time as registers hold the weights of.
-    most = 32 if x.dtype == torch.float32 else 128 if channels <= 64 else 64
-    block_o = min(max(triton.next_power_of_2(outputs), 16), most)
-    grid = (batch * rows * columns, triton.cdiv(outputs, block_o))
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        if by_pairs:
-            words = x.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)
-            _image_kernel[grid](
-                words, *weights, out, *sizes, OUTPUTS=outputs, RELU=relu, ROWS=tile.rows, COLUMNS=tile.columns,
-                WORDS=_WORDS, BLOCK_O=block_o, num_warps=tile.warps,
-            )  # fmt: skip
-        else:
-            _convolution_kernel[grid](
-                x, *weights, out, *sizes, CHANNELS=channels, OUTPUTS=outputs, RELU=relu, ROWS=tile.rows,
-                COLUMNS=tile.columns, TAPS=tile.taps, BLOCK_K=max(triton.next_power_of_2(tile.taps * channels), 16),
-                BLOCK_O=block_o, PRECISION=precision(x.dtype), num_warps=tile.warps,
-            )  # fmt: skip
+    by_pairs = x.shape[1] == IMAGE_CHANNELS and x.shape[3] % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
+    launch = _plan_convolution(x.shape, x.dtype, precision(x.dtype), outputs, relu, by_pairs)
+    kernel = _image_kernel if by_pairs else _convolution_kernel
+    with device_of(x):
+        launch_kernel(kernel, launch.grid, (x, *weights, out), *launch[1:])
     return out
+
+
+@lru_cache(maxsize=PLANS)
+def _plan_depthwise(shape: tuple[int, ...]) -> Launch:
+    batch, channels, height, width = shape
+    out_height, out_width = _halved(height), _halved(width)
+    tile = depthwise_tile(channels)
+    blocks = triton.cdiv(channels, tile.columns)
+    constants = {"CHANNELS": channels, "BLOCK_M": tile.rows, "BLOCK_C": tile.columns, "num_warps": tile.warps}
+    return Launch((batch * blocks,), (height, width, out_width, out_height * out_width, blocks), constants)
 
 
 def launch_depthwise(x: Tensor, weights: DepthwiseWeights) -> tuple[Tensor, Tensor]:
     """The operator; the map is channels-last, and so is `x` unless a copy is made."""
     x = x.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
-    out_height, out_width = _halved(height), _halved(width)
-    out = _channels_last(x, channels, out_height, out_width)
-    mean = x.new_empty(batch, channels)
+    out, mean = _halved_map(x, x.shape[1]), x.new_empty(x.shape[:2])
     if not out.numel():
         return out, mean
-    tile = depthwise_tile(channels)
-    blocks = triton.cdiv(channels, tile.columns)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _depthwise_kernel[(batch * blocks,)](
-            x, *weights, out, mean, height, width, out_width, out_height * out_width, blocks, CHANNELS=channels,
-            BLOCK_M=tile.rows, BLOCK_C=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
+    launch = _plan_depthwise(x.shape)
+    with device_of(x):
+        launch_kernel(_depthwise_kernel, launch.grid, (x, *weights, out, mean), *launch[1:])
     return out, mean
 
 
@@ -210,5 +222,9 @@ def _halved(size: int) -> int:
     return (size + 1) // 2
 
 
-def _channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return x.new_empty(x.shape[0], height, width, channels).permute(0, 3, 1, 2)
+def _halved_map(x: Tensor, channels: int) -> Tensor:
+    """Half as high and wide as `x`, channels-last."""
+    batch, _, height, width = x.shape
+    height, width = _halved(height), _halved(width)
+    strides = (height * width * channels, 1, width * channels, channels)
+    return x.new_empty_strided((batch, channels, height, width), strides)

@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
 from ..weights import FeedForwardWeights
 from . import resources
-from .configs import feed_forward_tile, precision, split_channels
+from .configs import PLANS, Launch, feed_forward_tile, precision, split_channels
 
 
 @triton.jit
@@ -135,21 +137,30 @@ def _load_transposed(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.con
         return tl.load(place, mask=(rows < ROWS)[None, :] & (columns < COLUMNS)[:, None], other=0.0)
 
 
+@lru_cache(maxsize=PLANS)
+def _plan(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, products: str, hidden: int, has_local: bool
+) -> Launch:  # fmt: skip
+    batch, channels, height, width = shape
+    cells = batch * height * width
+    block_a, block_b = split_channels(channels)
+    tile = feed_forward_tile(dtype, cells, channels, *resources(device))
+    constants = {
+        "CHANNELS": channels, "HIDDEN": hidden, "HAS_LOCAL": has_local, "BLOCK_M": tile.rows, "BLOCK_A": block_a,
+        "BLOCK_B": block_b, "BLOCK_H": tile.hidden, "BLOCK_L": min(block_a, tile.local), "PRECISION": products,
+        "STAGES": tile.stages, "num_warps": tile.warps,
+    }  # fmt: skip
+    return Launch((triton.cdiv(cells, tile.rows),), (cells, height, width), constants)
+
+
 def launch_feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
     """The operator; the result is channels-last, and so is `x` unless a copy is made."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
-    cells = batch * height * width
-    if not cells:
+    if not x.numel():
         return out
-    block_a, block_b = split_channels(channels)
-    tile = feed_forward_tile(x.dtype, cells, channels, *resources(x.device))
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _feed_forward_kernel[(triton.cdiv(cells, tile.rows),)](
-            x, *weights, out, cells, height, width,
-            CHANNELS=channels, HIDDEN=weights.in_bias.shape[0], HAS_LOCAL=weights.local_weight is not None,
-            BLOCK_M=tile.rows, BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_H=tile.hidden,
-            BLOCK_L=min(block_a, tile.local), PRECISION=precision(x.dtype), STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+    hidden, has_local = weights.in_bias.shape[0], weights.local_weight is not None
+    launch = _plan(x.shape, x.dtype, x.device, precision(x.dtype), hidden, has_local)
+    with device_of(x):
+        launch_kernel(_feed_forward_kernel, launch.grid, (x, *weights, out), *launch[1:])
     return out
