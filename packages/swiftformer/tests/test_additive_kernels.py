@@ -128,9 +128,11 @@ def test_on_gpu(name: str) -> None:
 
 @both_devices
 def test_one_launch_and_two_agree_with_the_truth_alike(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitreous_swiftformer.ops.triton import configs
+    from vitreous_swiftformer.ops.triton import arguments, backward, configs, forward
 
     problem = Problem(2, 139, 48)
+    for module in (forward, backward):  # each plan is made anew, by the numbers below
+        monkeypatch.setattr(module, "plan_passes", arguments.plan_passes.__wrapped__)
     tensors = problem.tensors()
     truth = problem.run(tensors, "torch", torch.float64)
     for programs in (1, 1000):
@@ -141,6 +143,13 @@ def test_one_launch_and_two_agree_with_the_truth_alike(where: str, monkeypatch: 
         actual = problem.run(tensors, "triton")
         # Measured: 2e-7 at most.
         assert all(relative_error(actual[name], truth[name]) < 1e-6 for name in truth)
+
+
+@both_devices
+def test_what_is_remembered_of_one_call_is_not_taken_for_another(where: str) -> None:
+    problems = [Problem(2, 21, 20, HALF, strides) for strides in ("contiguous", "packed", "map")]
+    for problem in (*problems, Problem(2, 20, 21, HALF), Problem(3, 21, 20, HALF), *problems):
+        check(problem)
 
 
 @both_devices

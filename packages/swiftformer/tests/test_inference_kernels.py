@@ -171,6 +171,32 @@ def test_halvings_on_gpu(name: str) -> None:
 
 
 @both_devices
+def test_what_is_remembered_of_one_call_is_not_taken_for_another(where: str) -> None:
+    mlps: list[Case] = [(1, 8, 3, 4, 12, HALF, "last"), (1, 8, 4, 3, 24, HALF, "last"), (2, 8, 3, 4, 12, HALF, "last")]
+    for mlp in (*mlps, mlps[0]):
+        check(pointwise_mlp, draw(mlp))
+    halvings: list[Halving] = [(1, 3, 6, 8, 8, True, HALF, "last"), (1, 3, 8, 6, 8, True, HALF, "last")]
+    for halving in (*halvings, halvings[0]):
+        for relu in (True, False):
+            check(halving_convolution, draw_halving(halving), relu=relu)
+
+
+@both_devices
+def test_an_image_at_any_address(where: str) -> None:
+    """Aligned to 16 bytes; to 4, as pairs of numbers need; to 2."""
+    x, weight, bias = draw_halving(SMALL_HALVINGS["pairs"])
+    batch, channels, height, width = x.shape
+    memory = torch.empty(x.numel() + 2, device=DEVICE, dtype=HALF)
+    results = []
+    for start in (0, 2, 1, 0):
+        moved = memory[start:][: x.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2).copy_(x)
+        results.append(halving_convolution(moved, weight, bias, relu=True, backend="triton"))
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[3], results[0])
+    torch.testing.assert_close(results[2], results[0], rtol=2e-3, atol=2e-3)
+
+
+@both_devices
 def test_numbers_that_are_no_neighbours_stay_out(where: str) -> None:
     """Pairs hold one number that belongs to the column or row in front, or lies outside of the image."""
     x, weight, bias = draw_halving(SMALL_HALVINGS["pairs"])

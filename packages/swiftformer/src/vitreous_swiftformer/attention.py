@@ -143,7 +143,7 @@ class FoldedAdditiveAttention(nn.Module):
             packed = additive_attention_packed(
                 query_key.flatten(2).mT, self.w_g.flatten(), scale=1.0, backend=chosen
             )  # fmt: skip
-            return self.out_proj(packed.mT.unflatten(2, (height, width)))
+            return self.out_proj(packed.mT.reshape(query_key.shape))
         query, key = (unit_length(half, dim=1) for half in query_key.chunk(2, dim=1))
         tokens = query.flatten(2)  # [B, D, N]
         weights = unit_length(tokens.mT @ self.w_g, dim=1)  # [B, N, 1]

@@ -347,8 +347,8 @@ class ConvEncoder(nn.Module):
         self.pwconv2 = nn.Conv2d(hidden, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layer_scale is None and _is_fused(self.backend, x, self.pwconv1, self.pwconv2):
-            return pointwise_mlp(self.dwconv(x), x, *_parameters(self.pwconv1, self.pwconv2), backend="triton")
+        if self.layer_scale is None and (parameters := _fused(self.backend, x, self.pwconv1, self.pwconv2)):
+            return pointwise_mlp(self.dwconv(x), x, *parameters, backend="triton")
         branch = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         return _add_branch(self, x, branch, self.layer_scale)
 
@@ -385,9 +385,10 @@ class SwiftFormerEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.local_representation(x)
         x = _add_branch(self, x, self._mix(x), self.layer_scale_1)
-        if self.layer_scale_2 is None and _is_fused(self.linear.backend, x, self.linear.fc1, self.linear.fc2):
-            return pointwise_mlp(x, x, *_parameters(self.linear.fc1, self.linear.fc2), backend="triton")
-        return _add_branch(self, x, self.linear(x), self.layer_scale_2)
+        mlp = self.linear
+        if self.layer_scale_2 is None and (parameters := _fused(mlp.backend, x, mlp.fc1, mlp.fc2)):
+            return pointwise_mlp(x, x, *parameters, backend="triton")
+        return _add_branch(self, x, mlp(x), self.layer_scale_2)
 
     def _mix(self, x: Tensor) -> Tensor:
         if isinstance(self.attn, FoldedAdditiveAttention):
@@ -506,24 +507,23 @@ def _fold_halving(conv: nn.Module, norm: nn.Module, relu: bool, backend: Backend
     return folded
 
 
-def _is_fused(backend: Backend, x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> bool:
-    """Whether two folded 1x1 convolutions and the GELU between them run as one kernel on this map."""
-    if backend != "auto":
-        return backend == "triton"
-    if not is_half_channels_last(x):
-        return False
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
-    dtypes = (x.dtype, *(parameter.dtype for parameter in _parameters(first, second)))
-    batch, channels, height, width = x.shape
-    positions = batch * height * width
-    chosen = resolve_mlp(backend, x.device, dtypes, channels, first.out_channels, positions, needs_grad)
-    return chosen == "triton"
-
-
-def _parameters(first: nn.Conv2d, second: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fused(
+    backend: Backend, x: Tensor, first: nn.Conv2d, second: nn.Conv2d
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Parameters of two folded 1x1 convolutions, if they and the GELU between run as one kernel on this map."""
+    if backend == "torch" or (backend == "auto" and not is_half_channels_last(x)):
+        return None
     assert first.bias is not None
     assert second.bias is not None
-    return first.weight, first.bias, second.weight, second.bias
+    parameters = first.weight, first.bias, second.weight, second.bias
+    if backend == "auto":
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        dtypes = (x.dtype, *[parameter.dtype for parameter in parameters])
+        batch, channels, height, width = x.shape
+        positions = batch * height * width
+        chosen = resolve_mlp(backend, x.device, dtypes, channels, first.out_channels, positions, needs_grad)
+        return parameters if chosen == "triton" else None
+    return parameters
 
 
 def _rename_last_norm(module: SwiftFormer, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

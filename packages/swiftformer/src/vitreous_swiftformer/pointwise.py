@@ -37,10 +37,7 @@ class PointwiseConv2d(nn.Conv2d):
         """`[B, in_channels, height, width]` to `[B, out_channels, height, width]`."""
         if not is_half_channels_last(x):
             return super().forward(x)
-        batch, channels, height, width = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        product = F.linear(rows, self.weight.flatten(1), self.bias)
-        return product.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def is_half_channels_last(x: Tensor) -> bool:

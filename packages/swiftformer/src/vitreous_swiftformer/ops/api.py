@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitreous_core.autocast import to_autocast
+from vitreous_core.autocast import autocast_dtype, to_autocast
 
 from . import contracts, reference
 from .backends import Backend, resolve, resolve_halving, resolve_mlp
@@ -44,7 +44,7 @@ def additive_attention(
         at each step, `w_g` to the dtype of query too, and sums lengths in fp32 or wider. Under autocast, query and key
         are first cast to its dtype. Deterministic. `"triton"` has no second derivative.
     """
-    query, key = _autocast("query", query), _autocast("key", key)
+    query, key = _autocast(query=query, key=key)
     if query.ndim != 3:
         raise ValueError(f"query must be [B, L, D]; got shape {tuple(query.shape)}")
     if key.dtype != query.dtype:
@@ -78,7 +78,7 @@ def additive_attention_packed(
 
     Numerics: as `additive_attention`. Where gradients are needed the halves are computed apart and joined by a copy.
     """
-    query_key = _autocast("query_key", query_key)
+    (query_key,) = _autocast(query_key=query_key)
     if query_key.ndim != 3 or query_key.shape[2] % 2:
         raise ValueError(f"query_key must be [B, L, 2 * D]; got shape {tuple(query_key.shape)}")
     channels = query_key.shape[2] // 2
@@ -117,7 +117,7 @@ def pointwise_mlp(
         `"triton"`, by each step of `"torch"`.
     """
     parameters = {"residual": residual, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
-    cast = [_autocast(name, tensor) for name, tensor in {"x": x, **parameters}.items()]
+    cast = _autocast(x=x, **parameters)
     if x.ndim != 4:
         raise ValueError(f"x must be [B, C, height, width]; got shape {tuple(x.shape)}")
     batch, channels, height, width = x.shape
@@ -154,7 +154,7 @@ def halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool, 
 
     Numerics: `"triton"` takes half precision, sums in fp32 and rounds once. Autocast as in `pointwise_mlp`.
     """
-    cast = [_autocast(name, tensor) for name, tensor in (("x", x), ("weight", weight), ("bias", bias))]
+    cast = _autocast(x=x, weight=weight, bias=bias)
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x must be [B, C, height, width], none but B zero; got shape {tuple(x.shape)}")
     channels, outputs = x.shape[1], weight.shape[0]
@@ -165,7 +165,7 @@ def halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool, 
     dtypes = tuple(tensor.dtype for tensor in cast)
     chosen = resolve_halving(backend, x.device, dtypes, channels, outputs, _needs_grad(cast))
     if chosen == "triton":
-        return contracts.halving_convolution(cast[0], cast[1], cast[2], relu)
+        return contracts.halving_convolution(*cast, relu)
     return reference.halving_convolution(x, weight, bias, relu)
 
 
@@ -173,13 +173,16 @@ def _needs_grad(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _autocast(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, checked to be floating, in the autocast dtype where autocast is on and touches its dtype."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor; got {tensor.dtype}")
-    return to_autocast(tensor)
+def _autocast(**tensors: Tensor) -> list[Tensor]:
+    """The tensors, checked to be floating; where autocast is on, those that it touches in its dtype."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor; got {tensor.dtype}")
+    given = list(tensors.values())
+    # They are all on one device, and asking once for it is enough.
+    return given if autocast_dtype(given[0].device) is None else [to_autocast(tensor) for tensor in given]
 
 
 def _check_w_g(w_g: Tensor, channels: int, main_name: str, main: Tensor) -> None:

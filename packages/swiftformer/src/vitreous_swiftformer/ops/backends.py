@@ -44,10 +44,7 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, tokens: int, 
         tokens: L, tokens per image; decides nothing so far.
         channels: D.
     """
-    device = torch.device(device)
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or channels > _WIDEST:
-        return "torch"
-    return "torch" if triton.unsupported_reasons(device, dtype, torch.float32, channels) else "triton"
+    return resolve("auto", torch.device(device), dtype, torch.float32, tokens, channels)
 
 
 def resolve(
@@ -59,13 +56,10 @@ def resolve(
         ValueError: for a name that is not a backend.
         BackendUnsupported: listing every reason why the named backend cannot run this problem.
     """
-    check_backend(backend)
-    chosen = choose_backend(device, dtype, tokens, channels) if backend == "auto" else backend
-    if chosen == "triton" and (reasons := triton.unsupported_reasons(device, dtype, w_dtype, channels)):
-        if backend == "auto":  # a w_g of a dtype that the kernels do not take
-            return "torch"
-        raise BackendUnsupported(backend, reasons)
-    return chosen
+    is_known = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and channels <= _WIDEST
+    if not _is_wanted(backend, is_known):
+        return "torch"
+    return _checked(backend, triton.unsupported_reasons(device, dtype, w_dtype, channels))
 
 
 def choose_mlp_backend(
@@ -84,10 +78,7 @@ def choose_mlp_backend(
         channels, hidden: of the block.
         positions: of all maps of the batch.
     """
-    device = torch.device(device)
-    if device.type != "cuda" or triton.mlp_unsupported_reasons(device, (dtype,), channels, needs_grad=False):
-        return "torch"
-    return "triton" if channels <= _SHORT_WALK or positions >= _MANY_POSITIONS else "torch"
+    return resolve_mlp("auto", torch.device(device), (dtype,), channels, hidden, positions, needs_grad=False)
 
 
 def choose_halving_backend(device: torch.device | str, dtype: torch.dtype, channels: int, outputs: int) -> Backend:
@@ -100,10 +91,7 @@ def choose_halving_backend(device: torch.device | str, dtype: torch.dtype, chann
         dtype: of map and weight.
         channels, outputs: of the map and the result.
     """
-    device = torch.device(device)
-    if device.type != "cuda" or triton.halving_unsupported_reasons(device, (dtype,), needs_grad=False):
-        return "torch"
-    return "triton"
+    return resolve_halving("auto", torch.device(device), (dtype,), channels, outputs, needs_grad=False)
 
 
 def mlp_backend(backend: Backend, channels: int) -> Backend:
@@ -125,8 +113,10 @@ def resolve_mlp(
     Raises:
         ValueError, BackendUnsupported: as `resolve` does.
     """
-    reasons = triton.mlp_unsupported_reasons(device, dtypes, channels, needs_grad)
-    return _resolve_inference(backend, choose_mlp_backend(device, dtypes[0], channels, hidden, positions), reasons)
+    wins = device.type == "cuda" and (channels <= _SHORT_WALK or positions >= _MANY_POSITIONS)
+    if not _is_wanted(backend, wins):
+        return "torch"
+    return _checked(backend, triton.mlp_unsupported_reasons(device, dtypes, channels, needs_grad))
 
 
 def resolve_halving(
@@ -134,14 +124,18 @@ def resolve_halving(
     needs_grad: bool,
 ) -> Backend:  # fmt: skip
     """As `resolve_mlp`, of a 3x3 convolution of stride 2."""
-    reasons = triton.halving_unsupported_reasons(device, dtypes, needs_grad)
-    return _resolve_inference(backend, choose_halving_backend(device, dtypes[0], channels, outputs), reasons)
+    if not _is_wanted(backend, wins=device.type == "cuda"):
+        return "torch"
+    return _checked(backend, triton.halving_unsupported_reasons(device, dtypes, needs_grad))
 
 
-def _resolve_inference(backend: Backend, choice: Backend, reasons: list[str]) -> Backend:
+def _is_wanted(backend: Backend, wins: bool) -> bool:
+    """Whether the kernel is to run if it can."""
     check_backend(backend)
-    if backend == "auto":
-        return "torch" if reasons else choice
-    if backend == "triton" and reasons:
+    return backend == "triton" or (backend == "auto" and wins)
+
+
+def _checked(backend: Backend, reasons: list[str]) -> Backend:
+    if reasons and backend == "triton":
         raise BackendUnsupported(backend, reasons)
-    return backend
+    return "torch" if reasons else "triton"

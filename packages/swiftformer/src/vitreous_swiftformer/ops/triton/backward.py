@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of, multiprocessors, strides_of
-from .configs import BACKWARD_REGISTERS, WARPS, make_plan, power_of_two
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
+from .arguments import plan_passes
+from .configs import BACKWARD_REGISTERS
 from .tile_math import EPS, STAGES, load_vector, row_lengths, sum_vectors, tile_mask, tile_offsets
 
 
@@ -135,23 +137,18 @@ def launch_backward(
     dunit: Tensor, dmixed: Tensor, query: Tensor, key: Tensor, w_g: Tensor, statistics: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and w_g, in their dtypes; those of query and key have strides in the same order."""
-    batch, tokens, channels = query.shape
+    batch, _, channels = query.shape
     dquery, dkey = torch.empty_like(query), torch.empty_like(key)
     if not query.numel():
         return dquery, dkey, torch.zeros_like(w_g)
-    plan = make_plan(batch, tokens, channels, multiprocessors(query))
-    partial = None
-    if plan.parts > 1:
-        partial = query.new_empty(batch, plan.parts, channels, dtype=torch.float32)
-    dw = query.new_empty(batch * plan.parts, channels, dtype=torch.float32)
-    align, strides = strides_of(query, key, dunit, dmixed, dquery, dkey)
+    parts, launches = plan_passes(
+        query.shape, query.device, ("KEYS", "QUERIES"), BACKWARD_REGISTERS,
+        query.stride(), key.stride(), dunit.stride(), dmixed.stride(), dquery.stride(), dkey.stride(),
+    )  # fmt: skip
+    partial = query.new_empty((batch, parts, channels), dtype=torch.float32) if parts > 1 else None
+    dw = query.new_empty((batch * parts, channels), dtype=torch.float32)
+    pointers = (query, key, dunit, dmixed, dquery, dkey, w_g.contiguous(), statistics, partial, dw)
     with device_of(query):
-        for keys, queries in ((True, True),) if plan.parts == 1 else ((True, False), (False, True)):
-            _additive_bwd_kernel[(batch * plan.parts,)](
-                query, key, dunit, dmixed, dquery, dkey, w_g.contiguous(), statistics, partial, dw, *strides,
-                tokens, plan.parts, plan.tokens_per_part, scale,
-                KEYS=keys, QUERIES=queries, ALIGN=align, CHANNELS=channels, BLOCK_L=plan.block_l,
-                BLOCK_C=plan.block_c, PARTS=power_of_two(plan.parts), num_warps=WARPS,
-                maxnreg=BACKWARD_REGISTERS,
-            )  # fmt: skip
+        for grid, numbers, constants in launches:
+            launch_kernel(_additive_bwd_kernel, grid, pointers, (*numbers, scale), constants)
     return dquery, dkey, dw.sum(0).to(w_g.dtype)

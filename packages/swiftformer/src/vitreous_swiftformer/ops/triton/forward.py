@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of, multiprocessors, strides_of
-from .configs import FORWARD_REGISTERS, WARPS, make_plan, power_of_two
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
+from .arguments import plan_passes
+from .configs import FORWARD_REGISTERS
 from .tile_math import EPS, STAGES, load_vector, row_lengths, sum_numbers, sum_vectors, tile_mask, tile_offsets
 
 
@@ -108,22 +110,17 @@ def _multiply_keys(
 
 def launch_forward(query: Tensor, key: Tensor, w_g: Tensor, unit: Tensor, mixed: Tensor, scale: float) -> Tensor:
     """Fill `unit` and `mixed`, of any strides; returns the statistics, fp32 `[B, D + 1]`."""
-    batch, tokens, channels = query.shape
+    batch, _, channels = query.shape
     statistics = query.new_empty(batch, channels + 1, dtype=torch.float32)
     if not query.numel():
         return statistics.zero_()
-    plan = make_plan(batch, tokens, channels, multiprocessors(query))
-    partial = None
-    if plan.parts > 1:
-        partial = query.new_empty(batch, plan.parts, channels + 1, dtype=torch.float32)
-    align, strides = strides_of(query, key, unit, mixed)
+    parts, launches = plan_passes(
+        query.shape, query.device, ("QUERIES", "KEYS"), FORWARD_REGISTERS,
+        query.stride(), key.stride(), unit.stride(), mixed.stride(),
+    )  # fmt: skip
+    partial = query.new_empty((batch, parts, channels + 1), dtype=torch.float32) if parts > 1 else None
+    pointers = (query, key, w_g.contiguous(), unit, mixed, partial, statistics)
     with device_of(query):
-        for queries, keys in ((True, True),) if plan.parts == 1 else ((True, False), (False, True)):
-            _additive_fwd_kernel[(batch * plan.parts,)](
-                query, key, w_g.contiguous(), unit, mixed, partial, statistics, *strides,
-                tokens, plan.parts, plan.tokens_per_part, scale,
-                QUERIES=queries, KEYS=keys, ALIGN=align, CHANNELS=channels, BLOCK_L=plan.block_l,
-                BLOCK_C=plan.block_c, PARTS=power_of_two(plan.parts), num_warps=WARPS,
-                maxnreg=FORWARD_REGISTERS,
-            )  # fmt: skip
+        for grid, numbers, constants in launches:
+            launch_kernel(_additive_fwd_kernel, grid, pointers, (*numbers, scale), constants)
     return statistics

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of, shared_memory
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
+from .arguments import PLANS, Launch, resources
 from .configs import plan_halving
 from .tile_math import places
 
@@ -53,7 +57,7 @@ def _halving_kernel(
 
 @triton.jit(do_not_specialize=["cells", "height", "width", "out_height", "out_width"])
 def _image_kernel(
-    words_ptr, weight_ptr, bias_ptr, out_ptr, cells, height, width, out_height, out_width,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, cells, height, width, out_height, out_width,
     OUTPUTS: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """`_halving_kernel` of an image of three 16-bit channels and even width, read by pairs of numbers.
@@ -75,7 +79,7 @@ def _image_kernel(
     # Column x is odd: its three numbers start at the second of a pair.
     pair = (image * height + y) * (width * 3 // 2) + (3 * x - 1) // 2
     offset = line * (width * 3 // 2) + place
-    words = tl.load(words_ptr + pair[:, None] + offset[None, :], mask=is_there, other=0)
+    words = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + pair[:, None] + offset[None, :], mask=is_there, other=0)
     low = words.to(tl.int16).to(dtype, bitcast=True)
     high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
     # The number in front is no neighbour, and might not be finite.
@@ -103,31 +107,37 @@ def _store(out_ptr, bias_ptr, total, cell, cells, outputs, OUTPUTS: tl.constexpr
     tl.store(out_ptr + cell[:, None] * OUTPUTS + outputs[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=PLANS)
+def _plan(shape: tuple[int, ...], outputs: int, relu: bool, by_pairs: bool, device: torch.device) -> Launch:
+    batch, channels, height, width = shape
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    _, shared_memory = resources(device)
+    plan = plan_halving(channels, outputs, shared_memory)
+    cells = batch * out_height * out_width
+    constants = {
+        "OUTPUTS": outputs, "RELU": relu, "BLOCK_P": plan.block_p, "BLOCK_O": plan.block_o, "num_warps": plan.warps,
+    }  # fmt: skip
+    if by_pairs:
+        constants |= {"WORDS": _WORDS}
+    else:
+        constants |= {"CHANNELS": channels, "BLOCK_K": plan.block_k, "STAGES": plan.stages}
+    grid = (triton.cdiv(cells, plan.block_p), triton.cdiv(outputs, plan.block_o))
+    return Launch(grid, (cells, height, width, out_height, out_width), constants)
+
+
 def launch_halving(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """The operator; the result is channels-last, and so are x and weight unless copies are made."""
     x = x.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     outputs, out_height, out_width = weight.shape[0], (height + 1) // 2, (width + 1) // 2
-    out = x.new_empty(batch, out_height, out_width, outputs).permute(0, 3, 1, 2)
+    strides = (out_height * out_width * outputs, 1, out_width * outputs, outputs)
+    out = x.new_empty_strided((batch, outputs, out_height, out_width), strides)
     if not out.numel():
         return out
-    weight = weight.permute(0, 2, 3, 1).contiguous()
     by_pairs = channels == _IMAGE_CHANNELS and width % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
-    plan = plan_halving(channels, outputs, shared_memory(x))
-    cells = batch * out_height * out_width
-    grid = (triton.cdiv(cells, plan.block_p), triton.cdiv(outputs, plan.block_o))
-    sizes = (cells, height, width, out_height, out_width)
+    launch = _plan(x.shape, outputs, relu, by_pairs, x.device)
+    kernel = _image_kernel if by_pairs else _halving_kernel
     with device_of(x):
-        if by_pairs:
-            words = x.permute(0, 2, 3, 1).view(-1).view(torch.int32)
-            _image_kernel[grid](
-                words, weight, bias.contiguous(), out, *sizes, OUTPUTS=outputs, RELU=relu, BLOCK_P=plan.block_p,
-                BLOCK_O=plan.block_o, WORDS=_WORDS, num_warps=plan.warps,
-            )  # fmt: skip
-        else:
-            _halving_kernel[grid](
-                x, weight, bias.contiguous(), out, *sizes, CHANNELS=channels, OUTPUTS=outputs, RELU=relu,
-                BLOCK_P=plan.block_p, BLOCK_K=plan.block_k, BLOCK_O=plan.block_o, STAGES=plan.stages,
-                num_warps=plan.warps,
-            )  # fmt: skip
+        launch_kernel(kernel, launch.grid, (x, weight, bias.contiguous(), out), *launch[1:])
     return out

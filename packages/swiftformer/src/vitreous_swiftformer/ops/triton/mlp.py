@@ -10,12 +10,16 @@ multiplied into the result before the next. Channels are cut into two powers of 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of, multiprocessors, shared_memory
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
+from .arguments import PLANS, Launch, resources
 from .configs import plan_mlp
 from .tile_math import gelu
 
@@ -142,6 +146,23 @@ def _finish(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=PLANS)
+def _plan(shape: tuple[int, ...], hidden: int, device: torch.device) -> Launch:
+    batch, channels, height, width = shape
+    multiprocessors, shared_memory = resources(device)
+    plan = plan_mlp(channels, hidden, shared_memory)
+    positions = batch * height * width
+    tiles = triton.cdiv(positions, plan.block_p)
+    programs = min(plan.programs * multiprocessors, tiles) if plan.programs else tiles
+    constants = {
+        "CHANNELS": channels, "HIDDEN": hidden, "BLOCK_P": plan.block_p, "FIRST": plan.first, "SECOND": plan.second,
+        "BLOCK_H": plan.block_h, "CHUNKS": triton.cdiv(hidden, plan.block_h), "RESIDENT": plan.programs > 0,
+        "STAGES": 1 if plan.programs else plan.stages, "AHEAD": plan.stages if plan.programs else 1,
+        "num_warps": plan.warps,
+    }  # fmt: skip
+    return Launch((programs,), (positions, tiles), constants)
+
+
 def launch_mlp(
     x: Tensor, residual: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:  # fmt: skip
@@ -149,21 +170,11 @@ def launch_mlp(
     same = residual is x
     x = x.contiguous(memory_format=torch.channels_last)
     residual = x if same else residual.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
-    out = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
-    if not out.numel():
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    if not x.numel():
         return out
-    hidden = bias1.shape[0]
-    plan = plan_mlp(channels, hidden, shared_memory(x))
-    positions = batch * height * width
-    tiles = triton.cdiv(positions, plan.block_p)
-    programs = min(plan.programs * multiprocessors(x), tiles) if plan.programs else tiles
+    launch = _plan(x.shape, bias1.shape[0], x.device)
     parameters = (tensor.contiguous() for tensor in (weight1, bias1, weight2, bias2))
     with device_of(x):
-        _mlp_kernel[(programs,)](
-            x, residual, *parameters, out, positions, tiles, CHANNELS=channels, HIDDEN=hidden, BLOCK_P=plan.block_p,
-            FIRST=plan.first, SECOND=plan.second, BLOCK_H=plan.block_h, CHUNKS=triton.cdiv(hidden, plan.block_h),
-            RESIDENT=plan.programs > 0, STAGES=1 if plan.programs else plan.stages,
-            AHEAD=plan.stages if plan.programs else 1, num_warps=plan.warps,
-        )  # fmt: skip
+        launch_kernel(_mlp_kernel, launch.grid, (x, residual, *parameters, out), *launch[1:])
     return out
