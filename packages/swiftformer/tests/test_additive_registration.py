@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitreous_core import triton_support
 from vitreous_core.deploy import switch_to_deploy
@@ -96,6 +97,33 @@ def test_autocast_decides_the_dtype(where: str, dtype: torch.dtype) -> None:
     assert query.grad is not None
     assert w_g.grad is not None
     assert (query.grad.dtype, w_g.grad.dtype) == (torch.float32, torch.float32)
+
+
+class Names(TorchDispatchMode):
+    """Collects the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.names.add(function.name())
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("where", BOTH)
+def test_zeros_stand_only_for_gradients_that_are_missing(where: str) -> None:
+    query, key, w_g = (draw(*shape, requires_grad=True) for shape in ((2, 5, 16), (2, 5, 16), (16,)))
+    fills = {"aten::zeros", "aten::zero_", "aten::zeros_like"}
+    for used in ((0, 1), (0,), (1,)):
+        results = []
+        for backend in ("torch", "triton"):
+            outputs = additive_attention(query, key, w_g, backend=backend)
+            total = sum(outputs[i].square().sum() * (i + 1) for i in used) + 0 * (key.sum() + w_g.sum())
+            with Names() as ran:
+                results.append(torch.autograd.grad(total, (query, key, w_g)))
+        assert bool(fills & ran.names) == (len(used) == 1)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", BOTH)

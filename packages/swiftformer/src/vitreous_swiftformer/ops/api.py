@@ -165,7 +165,7 @@ def halving_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool, 
     dtypes = tuple(tensor.dtype for tensor in cast)
     chosen = resolve_halving(backend, x.device, dtypes, channels, outputs, _needs_grad(cast))
     if chosen == "triton":
-        return contracts.halving_convolution(*cast, relu)
+        return contracts.halving_convolution(cast[0], cast[1], cast[2], relu)
     return reference.halving_convolution(x, weight, bias, relu)
 
 

@@ -112,13 +112,17 @@ class _AdditiveAttention(torch.autograd.Function):
             unit, mixed, statistics = _additive_attention(query, key, w_g, scale)
         ctx.scale = scale
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)  # for the statistics zeros would be filled in at every call
         ctx.save_for_backward(query, key, w_g, statistics)
         return unit, mixed, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dunit: Tensor, dmixed: Tensor, _: Tensor) -> tuple[Any, ...]:
-        gradients = _additive_attention_backward(dunit, dmixed, *ctx.saved_tensors, ctx.scale)
+    def backward(ctx: Any, dunit: Tensor | None, dmixed: Tensor | None, _: None) -> tuple[Any, ...]:
+        query, key, *others = ctx.saved_tensors
+        dunit = torch.zeros_like(query) if dunit is None else dunit
+        dmixed = torch.zeros_like(key) if dmixed is None else dmixed
+        gradients = _additive_attention_backward(dunit, dmixed, query, key, *others, ctx.scale)
         return *gradients, None
 
 
