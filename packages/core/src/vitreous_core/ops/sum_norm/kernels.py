@@ -148,7 +148,7 @@ def launch_backward(
 def _shape(tokens: Tensor) -> tuple[int, int, int]:
     """Rows, channels, and the power of two that holds the channels."""
     channels = tokens.shape[-1]
-    return tokens.numel() // max(channels, 1), channels, triton.next_power_of_2(channels)
+    return tokens.numel() // max(channels, 1), channels, 1 << max(channels - 1, 0).bit_length()
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from ....schedule import IMAGE
 from ..bias import residue_major
 from ..contracts import CELL_BIAS, DENSE_BIAS, DISTANCE_BIAS, NO_BIAS, Facts, Tables
 from ..dropout import threshold
-from .configs import Tile, for_precision
+from .configs import Config, Tile, for_precision
 
 # As in `primitives`, which is not imported here so that this module needs no Triton.
 _GRID_CODES, _TABLE_CODES, _DISTANCES, _DENSE = 1, 2, 3, 4
@@ -56,10 +56,12 @@ class Signature(NamedTuple):
         """Query heads that share a key head."""
         return self.shape[1] // self.kv_heads
 
-    def tile(self, index: int) -> Tile:
-        """The tile of a pass, by its place in `configs.Config`."""
-        tile = Tile(*self.tiling[4 * index : 4 * index + 4])
-        return for_precision(tile, self.shape[3], self.precision)
+    @property
+    def config(self) -> Config:
+        """The tiles of every pass. Whole windows fit one at any precision; others are smaller for some."""
+        tiles = Config(*(Tile(*self.tiling[start : start + 4]) for start in range(0, len(self.tiling), 4)))
+        fitted = Config(*(for_precision(tile, self.shape[3], self.precision) for tile in tiles))
+        return fitted._replace(closed=tiles.closed)
 
     def constants(self, tile: Tile, bias: BiasArguments, **more: int) -> dict[str, Any]:
         """What a kernel that walks over tiles is compiled for."""

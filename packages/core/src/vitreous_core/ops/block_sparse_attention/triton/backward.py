@@ -29,7 +29,7 @@ from .arguments import (
     signature,
 )
 from .bias_gradient import BiasGradient, plan_bias_gradient
-from .configs import Tile
+from .configs import Config
 from .launches import Launch, Pass
 from .primitives import (
     LOG2E,
@@ -273,6 +273,10 @@ def _bsa_bwd_closed_kernel(
     tl.store(row_pointers(base, token, stride_dkl, stride_dkd, offs_d), dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
 
+_CLOSED_ROWS = 4 * Config._fields.index("closed")
+"""Where a flat tiling says whether the one-pass backward is used."""
+
+
 class _Plan(NamedTuple):
     """A backward pass.
 
@@ -289,15 +293,12 @@ class _Plan(NamedTuple):
     of_bias: BiasGradient | None
 
 
-def _plan(
-    of: Signature, gradients: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, cells: Tensor | None, tables: Tables
-) -> _Plan:
+def _plan(of: Signature, gradients: tuple[Tensor, Tensor, Tensor], cells: Tensor | None, tables: Tables) -> _Plan:
     batch, heads, length, _ = of.shape
     facts, arguments = of.facts, bias_arguments(of, cells, tables)
     query, key, value, out, dout = of.strides
     dq, dk, dv = (gradient.stride() for gradient in gradients)
-    # Whole windows: this tile does not depend on the precision.
-    closed = Tile(*of.tiling[12:16])
+    _, by_query, by_key, closed, _ = of.config
     last = (
         length, facts.height, facts.width, of.scale, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p)
     )  # fmt: skip
@@ -311,7 +312,6 @@ def _plan(
         )]  # fmt: skip
     else:
         tiles, key_tiles = of.tiles
-        by_query, by_key = of.tile(1), of.tile(2)
         mask, key_mask = mask_level(facts.dq_steps, by_query.columns), mask_level(facts.dkv_steps, by_key.columns)
         launches = [Launch(
             _bsa_bwd_dq_kernel, (tiles * batch * heads,),
@@ -322,7 +322,7 @@ def _plan(
             (*query, *key, *value, *dout, *dk, *dv, *arguments.numbers, heads, key_tiles, *last),
             of.constants(by_key, arguments, MASK=key_mask, BLOCK_N=by_key.columns, GROUP=of.group),
         )]  # fmt: skip
-    of_bias = plan_bias_gradient(of, arguments, bias, tables) if of.needs_bias else None
+    of_bias = plan_bias_gradient(of, arguments, tables) if of.needs_bias else None
     return _Plan(Pass([*launches, *(of_bias.launches if of_bias else ())]), closed.rows > 0, arguments.codes, of_bias)
 
 
@@ -336,14 +336,14 @@ def launch_backward(
     if not query.numel():
         return dq, dk, dv, torch.zeros_like(bias) if needs_bias else query.new_empty(0)
     delta = torch.empty_like(lse)
-    tiles = (tables.closed_tiles,) if tiling[12] else (tables.dq_tiles, tables.dkv_tiles)
+    tiles = (tables.closed_tiles,) if tiling[_CLOSED_ROWS] else (tables.dq_tiles, tables.dkv_tiles)
     of = signature(
         query, key, (value, out, dout), bias, tiles, tables, facts, tiling, scale, dropout_p, needs_bias
     )  # fmt: skip
     keyed = coded_tensors(cells, tables, facts)
     if needs_bias:
         keyed += (tables.bias_tiles, tables.query_bounds, tables.position)
-    plan = plans.get(keyed, of, lambda: _plan(of, (dq, dk, dv), bias, cells, tables))
+    plan = plans.get(keyed, of, lambda: _plan(of, (dq, dk, dv), cells, tables))
 
     of_bias = bias_pointer(bias, table, facts), plan.codes, seed
     if plan.is_closed:

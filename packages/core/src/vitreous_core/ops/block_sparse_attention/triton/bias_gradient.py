@@ -214,10 +214,10 @@ class BiasGradient(NamedTuple):
         return gradient, pointers * self.turns
 
 
-def plan_bias_gradient(of: Signature, arguments: BiasArguments, bias: Tensor, tables: Tables) -> BiasGradient:
+def plan_bias_gradient(of: Signature, arguments: BiasArguments, tables: Tables) -> BiasGradient:
     """See `BiasGradient`."""
     batch, heads, length, _ = of.shape
-    facts, tile = of.facts, of.tile(4)
+    facts, tile = of.facts, of.config.bias
     is_dense = facts.bias == DENSE_BIAS
     lists = _lists(tables, facts, arguments, of.entries, length, batch * heads, tile)
     items, places, slots = len(lists.items), max(len(lists.first_item) - 1, 0), tile.rows * tile.columns

@@ -123,7 +123,7 @@ def _bsa_fwd_kernel(
 def _plan(of: Signature, out: Tensor, cells: Tensor | None, tables: Tables) -> tuple[Launch, Tensor | None]:
     """The launch, and the codes of all tokens for a bias by cells."""
     batch, heads, length, _ = of.shape
-    bias, tile, (tiles,) = bias_arguments(of, cells, tables), of.tile(0), of.tiles
+    bias, tile, (tiles,) = bias_arguments(of, cells, tables), of.config.forward, of.tiles
     strides = [stride for strides in (*of.strides, out.stride()) for stride in strides]
     numbers = (
         *strides, *bias.numbers, heads, of.group, tiles, length, of.facts.height, of.facts.width,
