@@ -101,6 +101,9 @@ def permute_tokens(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         order: int64 `[L]`, a permutation.
         inverse: int64 `[L]`, its inverse. With the two swapped, tokens go back.
     """
+    if not (torch.is_grad_enabled() and tokens.requires_grad):
+        # As in the backward pass: binding the arguments of a function with a `setup_context` takes longer than this.
+        return tokens.index_select(1, order)
     return _Permutation.apply(tokens, order, inverse)
 
 
