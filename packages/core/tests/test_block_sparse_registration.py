@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitreous_core.curves import hilbert_order
 from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_sparse_attention, contracts
@@ -53,6 +54,32 @@ def test_opcheck(where, bias, monkeypatch):
                 if isinstance(arguments[index], torch.Tensor):
                     arguments[index].requires_grad_()
             torch.library.opcheck(operator, arguments)
+
+
+class CalledOperators(TorchDispatchMode):
+    """Writes down what is called from outside of an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("where", BOTH)
+def test_the_backward_pass_is_one_operator(where):
+    """Autograd would fill in zeros for the outputs that have no gradient, a launch each."""
+    problem = Problem(Window1d(8), 4, 4, None, 1, 1, 1, 16, torch.float32, "cells")
+    tensors = problem.tensors(DEVICE)
+    leaves = [tensors[name].requires_grad_() for name in ("query", "key", "value")]
+    table = torch.randn(49, 1, device=DEVICE, requires_grad=True)
+    layout = problem.layout().to(DEVICE)
+    out = block_sparse_attention(*leaves, layout, bias=RelativeBias2d(table, 4, 4), backend="triton")
+    with CalledOperators() as called:
+        torch.autograd.grad(out, [*leaves, table], tensors["cotangent"])
+    assert [name for name in called.names if "detach" not in name] == ["vitreous::block_sparse_attention_backward"]
 
 
 COMPILED_FIRST = """

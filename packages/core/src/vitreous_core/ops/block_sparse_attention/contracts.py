@@ -255,12 +255,15 @@ class _Attention(torch.autograd.Function):
             out, lse, table = block_sparse_attention(*arguments)
         query, key, value, bias, cells, seed, tables, *ctx.numbers = arguments
         ctx.mark_non_differentiable(lse, table)
+        ctx.set_materialize_grads(False)  # for these two zeros would be filled in at every call
         ctx.save_for_backward(query, key, value, out, lse, table, bias, cells, seed, *tables)
         return out, lse, table
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 11
         query, key, value, out, lse, table, bias, cells, seed, *tables = ctx.saved_tensors
         needs_bias = bias is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dbias = block_sparse_attention_backward(
