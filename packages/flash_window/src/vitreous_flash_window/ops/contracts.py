@@ -148,6 +148,7 @@ class _WindowAttention(torch.autograd.Function):
             out, statistics = _window_attention(*arguments)
         query, key, value, bias, mask, seed, *ctx.numbers = arguments
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics'
         kept = (out, statistics) if _keeps_statistics(query) else (None, None)
         ctx.save_for_backward(query, key, value, *kept, bias, mask, seed)
         return out, statistics

@@ -169,6 +169,7 @@ class _ShiftedWindowAttention(torch.autograd.Function):
         qkv, *others = arguments[:5]
         ctx.numbers = arguments[5:]
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics'
         num_heads, window_size, *_ = ctx.numbers
         kept = (out, statistics) if _keeps_output(qkv, num_heads, window_size) else (None, None)
         ctx.save_for_backward(qkv, *kept, *others)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -61,11 +60,6 @@ def addend_kind(addend: Tensor | None) -> int:
 def addend_pointer(addend: Tensor | None) -> Tensor | None:
     """The tensor as kernels take it: flags as bytes."""
     return addend.view(torch.uint8) if addend is not None and addend.dtype == torch.bool else addend
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU current, as launches need; nothing to do on a CPU (the interpreter)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def padded_head_dim(head_dim: int) -> int:

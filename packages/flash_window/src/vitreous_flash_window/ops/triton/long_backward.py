@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
 
 from ..reference import NORM_EPS as _NORM_EPS
-from .arguments import device_of, split_statistics
+from .arguments import split_statistics
 from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, rows_contiguous, writable
 from .long_bias import prepare_bias
 from .long_bias_gradient import bias_partials

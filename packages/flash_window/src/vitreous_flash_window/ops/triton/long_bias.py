@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import device_of
+from vitreous_core.kernel_launch import device_of
+
 from .tile_math import in_base_2
 
 _ROW_MULTIPLE = 128

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
 
-from .arguments import device_of, split_statistics
+from .arguments import split_statistics
 from .long_arguments import COUNTS, Call, output_strides
 from .long_tiles import (
     NO_MASK,

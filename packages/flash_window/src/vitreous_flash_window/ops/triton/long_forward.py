@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
 
-from .arguments import device_of, new_statistics, split_statistics
+from .arguments import new_statistics, split_statistics
 from .long_arguments import COUNTS, Call, cut_call, deliver, output_strides, writable
 from .long_bias import prepare_bias
 from .long_tiles import (

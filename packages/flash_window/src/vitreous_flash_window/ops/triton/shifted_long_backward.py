@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of
+
 from ..reference import MAX_LOGIT_SCALE
-from .arguments import device_of
 from .long_arguments import Geometry, rows_contiguous
 from .long_backward import Gradients, run_backward
 from .long_bias import spread_table

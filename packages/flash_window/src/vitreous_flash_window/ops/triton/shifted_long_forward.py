@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of
+
 from ..reference import NORM_EPS as _NORM_EPS
 from ..reference import logit_factor
-from .arguments import device_of, new_statistics, padded_head_dim
+from .arguments import new_statistics, padded_head_dim
 from .long_arguments import COUNTS, NO_MASK, REGIONS, Call, Geometry, rows_contiguous
 from .long_bias import spread_table
 from .long_forward import run_forward

@@ -14,12 +14,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
+
 from .arguments import (
     addend_kind,
     addend_pointer,
     addend_strides,
     aligned_strides,
-    device_of,
     dot_precision,
     dropout_numbers,
     padded_head_dim,
@@ -53,6 +54,7 @@ def launch_backward(
         "BIAS": addend_kind(bias), "MASK": addend_kind(mask), "DROPOUT": seed is not None, "ALIGN": align,
         "TOKENS": tokens, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "PRECISION": dot_precision(query.dtype),
+        "SAME_STRIDES": all(own == strides[0] for own in strides),
     }  # fmt: skip
     lse, inverse = (None, None) if statistics is None else split_statistics(statistics)
     delta = None if lse is None else torch.empty_like(lse)
@@ -66,10 +68,12 @@ def launch_backward(
             if sums_bias:
                 partials = query.new_empty((parts, heads, end - tile.first, tokens), dtype=torch.float32)
                 rest_partials = query.new_empty((rest_parts, heads, tokens - end, tokens), dtype=torch.float32)
-            _window_bwd_rows_kernel[((parts * tile.strips + rest_parts) * heads,)](
-                query, key, value, dout, out, lse, inverse, dq, dk, dv, *addends, partials, rest_partials, delta,
-                *chain(*strides), *strides_of_addends, *numbers, parts, rest_parts, *factors, NEEDS_BIAS=sums_bias,
-                FIRST=tile.first, REST=tile.rest, HALVED=tile.halved, **tile_constants(tile), **constants,
+            launch_kernel(
+                _window_bwd_rows_kernel, ((parts * tile.strips + rest_parts) * heads,),
+                (query, key, value, dout, out, lse, inverse, dq, dk, dv, *addends, partials, rest_partials, delta),
+                (*chain(*strides), *strides_of_addends, *numbers, parts, rest_parts, *factors),
+                {"NEEDS_BIAS": sums_bias, "FIRST": tile.first, "REST": tile.rest, "HALVED": tile.halved,
+                 **tile_constants(tile), **constants},
             )  # fmt: skip
             if sums_bias:
                 fold_rows(partials, dbias, tile.first)
@@ -78,10 +82,11 @@ def launch_backward(
         if lse is not None:
             for tile in choose_keys(query.dtype, tokens, head_dim):
                 parts = count_parts(query.device, tile, windows, heads)
-                _window_bwd_keys_kernel[(parts * heads * tile.strips,)](
-                    query, key, value, dout, lse, inverse, delta, dk, dv, *addends,
-                    *chain(*strides[:4], *strides[6:]), *strides_of_addends, *numbers, parts, *factors,
-                    FIRST=tile.first, HALVED=tile.halved, **tile_constants(tile), **constants,
+                launch_kernel(
+                    _window_bwd_keys_kernel, (parts * heads * tile.strips,),
+                    (query, key, value, dout, lse, inverse, delta, dk, dv, *addends),
+                    (*chain(*strides[:4], *strides[6:]), *strides_of_addends, *numbers, parts, *factors),
+                    {"FIRST": tile.first, "HALVED": tile.halved, **tile_constants(tile), **constants},
                 )  # fmt: skip
         if bias_tile is not None:
             launch_bias_gradient(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import launch_kernel
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
 
 from .bias_gradient import fold_rows
@@ -44,9 +45,13 @@ def _window_bwd_bias_kernel(
     heads, windows, mask_windows, parts, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIPS: tl.constexpr, SIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of `dS = P (dP - delta)` over windows. Grid: parts x heads x tiles of scores, the last fastest."""
+    if SAME_STRIDES:  # places within tensors are then computed once, in fewer registers
+        stride_kw, stride_vw, stride_gw = stride_qw, stride_qw, stride_qw
+        stride_kh, stride_vh, stride_gh = stride_qh, stride_qh, stride_qh
+        stride_kn, stride_vn, stride_gn = stride_qn, stride_qn, stride_qn
     stride_qn = full_stride(stride_qn, ALIGN)
     stride_kn = full_stride(stride_kn, ALIGN)
     stride_vn = full_stride(stride_vn, ALIGN)
@@ -126,8 +131,9 @@ def launch_bias_gradient(
     tokens = dbias.shape[1]
     parts = count_parts(dbias.device, tile._replace(strips=tile.strips**2), windows, heads)
     partials = dbias.new_empty((parts, heads, tokens, tokens), dtype=torch.float32)
-    _window_bwd_bias_kernel[(parts * heads * tile.strips**2,)](
-        *tensors, partials, *strides, *numbers, parts, *factors, STRIPS=tile.strips, SIZE=tile.rows,
-        num_warps=tile.warps, num_stages=tile.stages, **constants,
+    launch_kernel(
+        _window_bwd_bias_kernel, (parts * heads * tile.strips**2,), (*tensors, partials),
+        (*strides, *numbers, parts, *factors),
+        {"STRIPS": tile.strips, "SIZE": tile.rows, "num_warps": tile.warps, "num_stages": tile.stages, **constants},
     )  # fmt: skip
     fold_rows(partials, dbias, 0)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep
 
 from .arguments import (
@@ -26,7 +27,6 @@ from .arguments import (
     addend_pointer,
     addend_strides,
     aligned_strides,
-    device_of,
     dot_precision,
     dropout_numbers,
 )
@@ -160,7 +160,7 @@ def _channels_bwd_kernel(
     heads, windows, mask_windows, parts, scale, scale_log2, threshold, keep_scale,
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, HALVED: tl.constexpr,
+    PRECISION: tl.constexpr, HALVED: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """`dv = P^T dout`, `dS = P (dout v^T - delta)`, `dq = scale dS k`, `dk = scale dS^T q`, and partial sums of dS.
 
@@ -168,6 +168,13 @@ def _channels_bwd_kernel(
     """
     pid = tl.program_id(0)
     head, part = (pid % heads).to(tl.int64), pid // heads
+    if SAME_STRIDES:  # places within tensors are then computed once, in fewer registers
+        stride_kw, stride_vw, stride_gw = stride_qw, stride_qw, stride_qw
+        stride_kh, stride_vh, stride_gh = stride_qh, stride_qh, stride_qh
+        stride_kn, stride_vn, stride_gn = stride_qn, stride_qn, stride_qn
+        stride_dqw, stride_dkw, stride_dvw = stride_qw, stride_qw, stride_qw
+        stride_dqh, stride_dkh, stride_dvh = stride_qh, stride_qh, stride_qh
+        stride_dqn, stride_dkn, stride_dvn = stride_qn, stride_qn, stride_qn
     stride_qn = full_stride(stride_qn, ALIGN)
     stride_kn = full_stride(stride_kn, ALIGN)
     stride_vn = full_stride(stride_vn, ALIGN)
@@ -244,13 +251,17 @@ def launch_channels_forward(
     tile = choose_channels(tokens, head_dim, dot_precision(query.dtype)).forward
     parts = count_parts(query.device, tile, windows, heads)
     with device_of(query):
-        _channels_fwd_kernel[(parts * heads,)](
-            query, key, value, out, bias, addend_pointer(mask), seed, *chain(*strides), *addend_strides(bias, mask),
-            heads, windows, 1 if mask is None else mask.shape[0], parts,
-            scale * LOG2E.value, *dropout_numbers(dropout_p),
-            BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
-            TOKENS=tokens, HEAD_DIM=head_dim, ROWS=tile.rows, CHUNK=tile.columns,
-            PRECISION=dot_precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        launch_kernel(
+            _channels_fwd_kernel, (parts * heads,), (query, key, value, out, bias, addend_pointer(mask), seed),
+            (
+                *chain(*strides), *addend_strides(bias, mask), heads, windows, 1 if mask is None else mask.shape[0],
+                parts, scale * LOG2E.value, *dropout_numbers(dropout_p),
+            ),
+            {
+                "BIAS": addend_kind(bias), "MASK": addend_kind(mask), "DROPOUT": seed is not None, "ALIGN": align,
+                "TOKENS": tokens, "HEAD_DIM": head_dim, "ROWS": tile.rows, "CHUNK": tile.columns,
+                "PRECISION": dot_precision(query.dtype), "num_warps": tile.warps, "num_stages": tile.stages,
+            },
         )  # fmt: skip
     return out, statistics
 
@@ -270,13 +281,20 @@ def launch_channels_backward(
     parts = count_parts(query.device, tile, windows, heads)
     partials = query.new_empty((parts, heads, tokens, tokens), dtype=torch.float32) if needs_bias else None
     with device_of(query):
-        _channels_bwd_kernel[(parts * heads,)](
-            query, key, value, dout, dq, dk, dv, bias, addend_pointer(mask), seed, partials, *chain(*strides),
-            *addend_strides(bias, mask), heads, windows, 1 if mask is None else mask.shape[0], parts,
-            scale, scale * LOG2E.value, *dropout_numbers(dropout_p),
-            BIAS=addend_kind(bias), NEEDS_BIAS=needs_bias, MASK=addend_kind(mask), DROPOUT=seed is not None,
-            ALIGN=align, TOKENS=tokens, HEAD_DIM=head_dim, ROWS=tile.rows, CHUNK=tile.columns,
-            PRECISION=dot_precision(query.dtype), HALVED=tile.halved, num_warps=tile.warps, num_stages=tile.stages,
+        launch_kernel(
+            _channels_bwd_kernel, (parts * heads,),
+            (query, key, value, dout, dq, dk, dv, bias, addend_pointer(mask), seed, partials),
+            (
+                *chain(*strides), *addend_strides(bias, mask), heads, windows, 1 if mask is None else mask.shape[0],
+                parts, scale, scale * LOG2E.value, *dropout_numbers(dropout_p),
+            ),
+            {
+                "BIAS": addend_kind(bias), "NEEDS_BIAS": needs_bias, "MASK": addend_kind(mask),
+                "DROPOUT": seed is not None, "ALIGN": align, "TOKENS": tokens, "HEAD_DIM": head_dim, "ROWS": tile.rows,
+                "CHUNK": tile.columns, "PRECISION": dot_precision(query.dtype), "HALVED": tile.halved,
+                "SAME_STRIDES": all(own == strides[0] for own in strides),
+                "num_warps": tile.warps, "num_stages": tile.stages,
+            },
         )  # fmt: skip
         if partials is not None:
             fold_rows(partials, dbias, 0)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitreous_core.kernel_launch import device_of, launch_kernel
 from vitreous_core.ops.block_sparse_attention.triton.primitives import dropout_keep, operand
 
 from .arguments import (
@@ -22,7 +23,6 @@ from .arguments import (
     addend_pointer,
     addend_strides,
     aligned_strides,
-    device_of,
     dot_precision,
     dropout_numbers,
     new_statistics,
@@ -156,13 +156,17 @@ def launch_forward(
     tile = choose_forward(query.dtype, tokens, head_dim)
     parts = count_parts(query.device, tile, windows, heads)
     with device_of(query):
-        _window_fwd_kernel[(parts * heads * tile.strips,)](
-            query, key, value, out, *pointers, bias, addend_pointer(mask), seed, *chain(*strides),
-            *addend_strides(bias, mask),
-            heads, windows, 1 if mask is None else mask.shape[0], parts,
-            scale * LOG2E.value, threshold, keep_scale,
-            BIAS=addend_kind(bias), MASK=addend_kind(mask), DROPOUT=seed is not None, ALIGN=align,
-            TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-            PRECISION=dot_precision(query.dtype), **tile_constants(tile),
+        launch_kernel(
+            _window_fwd_kernel, (parts * heads * tile.strips,),
+            (query, key, value, out, *pointers, bias, addend_pointer(mask), seed),
+            (
+                *chain(*strides), *addend_strides(bias, mask), heads, windows, 1 if mask is None else mask.shape[0],
+                parts, scale * LOG2E.value, threshold, keep_scale,
+            ),
+            {
+                "BIAS": addend_kind(bias), "MASK": addend_kind(mask), "DROPOUT": seed is not None, "ALIGN": align,
+                "TOKENS": tokens, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
+                "PRECISION": dot_precision(query.dtype), **tile_constants(tile),
+            },
         )  # fmt: skip
     return out, statistics

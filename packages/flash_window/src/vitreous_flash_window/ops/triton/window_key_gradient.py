@@ -48,7 +48,7 @@ def _window_bwd_keys_kernel(
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr, HALVED: tl.constexpr,
+    PRECISION: tl.constexpr, HALVED: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """`dv = P^T dout`, `dk = scale dS^T q`; columns are queries.
 
@@ -56,6 +56,10 @@ def _window_bwd_keys_kernel(
     """
     pid = tl.program_id(0)
     strip, head, part = pid % STRIPS, (pid // STRIPS % heads).to(tl.int64), pid // STRIPS // heads
+    if SAME_STRIDES:  # places within tensors are then computed once, in fewer registers
+        stride_kw, stride_vw, stride_gw, stride_dkw, stride_dvw = stride_qw, stride_qw, stride_qw, stride_qw, stride_qw
+        stride_kh, stride_vh, stride_gh, stride_dkh, stride_dvh = stride_qh, stride_qh, stride_qh, stride_qh, stride_qh
+        stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn = stride_qn, stride_qn, stride_qn, stride_qn, stride_qn
     stride_kn = full_stride(stride_kn, ALIGN)
     stride_vn = full_stride(stride_vn, ALIGN)
     stride_dkn = full_stride(stride_dkn, ALIGN)

@@ -63,12 +63,19 @@ def _walk_rows(
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr, HALVED: tl.constexpr,
+    PRECISION: tl.constexpr, HALVED: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """`dS = P (dP - delta)`, `dq = scale dS k`, partial sums of dS; of one tile also dk and dv, else also delta.
 
     Of a strip of queries and a part of the windows. `delta = rowsum(P dP)`, or from the output, `rowsum(dout out)`.
     """
+    if SAME_STRIDES:  # places within tensors are then computed once, in fewer registers
+        stride_kw, stride_vw, stride_gw, stride_ow = stride_qw, stride_qw, stride_qw, stride_qw
+        stride_kh, stride_vh, stride_gh, stride_oh = stride_qh, stride_qh, stride_qh, stride_qh
+        stride_kn, stride_vn, stride_gn, stride_on = stride_qn, stride_qn, stride_qn, stride_qn
+        stride_dqw, stride_dkw, stride_dvw = stride_qw, stride_qw, stride_qw
+        stride_dqh, stride_dkh, stride_dvh = stride_qh, stride_qh, stride_qh
+        stride_dqn, stride_dkn, stride_dvn = stride_qn, stride_qn, stride_qn
     stride_qn = full_stride(stride_qn, ALIGN)
     stride_gn = full_stride(stride_gn, ALIGN)
     stride_dqn = full_stride(stride_dqn, ALIGN)
@@ -213,7 +220,7 @@ def _window_bwd_rows_kernel(
     BIAS: tl.constexpr, NEEDS_BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FIRST: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """A walk each: of the strips of queries, and of the `REST` rows that they leave, if there are any.
 
@@ -240,12 +247,12 @@ def _window_bwd_rows_kernel(
         _walk_rows(
             *shared, strip, head, part, parts, partials_ptr,
             BIAS, NEEDS_BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            FIRST, STRIPS, ROWS, COLUMNS, TAIL, PRECISION, HALVED,
+            FIRST, STRIPS, ROWS, COLUMNS, TAIL, PRECISION, HALVED, SAME_STRIDES,
         )  # fmt: skip
     else:
         head, part = (of_rest % heads).to(tl.int64), of_rest // heads
         _walk_rows(
             *shared, 0, head, part, rest_parts, rest_partials_ptr,
             BIAS, NEEDS_BIAS, MASK, DROPOUT, ALIGN, TOKENS, HEAD_DIM, BLOCK_D,
-            STRIPS * ROWS, 1, REST, COLUMNS, TAIL, PRECISION, HALVED,
+            STRIPS * ROWS, 1, REST, COLUMNS, TAIL, PRECISION, HALVED, SAME_STRIDES,
         )  # fmt: skip
