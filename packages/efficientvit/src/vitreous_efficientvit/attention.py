@@ -8,15 +8,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitreous_core.autocast import autocast_dtype
 from vitreous_core.fold import fold_conv_norm
 
+from .ops import Backend, head_attention
+from .ops.api import check_backend
+from .ops.head_attention import attend, bias_index, pairs_of_entries, resolve_head, spread_table
+
 HeadInput = Literal["cascade", "slice", "full"]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor]
 
 
 class ConvBN(nn.Sequential):
@@ -72,12 +79,16 @@ class CascadedGroupAttention(nn.Module):
         head_input: what a head sees, `u_i`. `"cascade"`: its slice and the output of the head before, as above. The
             others are the paper's ablations (section 4.4, "Impact of the cascaded group attention"): `"slice"`, its
             slice alone, `u_i = x_i`; `"full"`, all channels as in multi-head self-attention, `u_i = x`.
+        backend: of the part of each head between its convolutions, `ops.head_attention`: `"torch"`, `"triton"` or
+            `"auto"` (see `ops.choose_head_backend`).
 
     Raises:
-        ValueError: when the heads do not divide the channels, a size is out of range, or `head_input` is unknown.
+        ValueError: when the heads do not divide the channels, a size is out of range, or `head_input` or `backend` is
+            unknown.
     """
 
     attention_bias_idxs: Tensor
+    pairs_of_entries: Tensor
 
     def __init__(
         self,
@@ -87,15 +98,18 @@ class CascadedGroupAttention(nn.Module):
         kernel_sizes: Sequence[int],
         key_dim: int = 16,
         head_input: HeadInput = "cascade",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _check_attention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input)
+        check_backend(backend)
         self.channels = channels
         self.num_heads = num_heads
         self.window_size = window_size
         self.key_dim = key_dim
         self.kernel_sizes = tuple(kernel_sizes[:num_heads])
         self.head_input = head_input
+        self.backend = backend
         self.value_dim = channels // num_heads
         self.scale = key_dim**-0.5
 
@@ -107,6 +121,7 @@ class CascadedGroupAttention(nn.Module):
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(channels, channels, gamma=0.0))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))
         self.register_buffer("attention_bias_idxs", bias_index(window_size), persistent=False)
+        self.register_buffer("pairs_of_entries", pairs_of_entries(self.attention_bias_idxs), persistent=False)
         self.register_load_state_dict_pre_hook(_resize_loaded_table)
 
     def extra_repr(self) -> str:
@@ -123,10 +138,18 @@ class CascadedGroupAttention(nn.Module):
 
         Raises:
             ValueError: for another shape.
+            BackendUnsupported: when `backend="triton"` cannot run this.
         """
         _check_windows(windows, self.channels, self.window_size)
-        biases = self.attention_biases[:, self.attention_bias_idxs]  # [H, N, N]
-        return self.proj(cascade(windows, self.qkvs, self.dws, biases, self.scale, self.head_input))
+        dtype = windows.dtype if windows.dtype == torch.float64 else autocast_dtype(windows.device) or windows.dtype
+        sizes = self.window_size, self.key_dim, self.value_dim
+        run: Attend
+        biases: Tensor = self.attention_biases
+        if resolve_head(self.backend, windows.device, dtype, *sizes) == "triton":
+            run = partial(head_attention, backend="triton")
+        else:
+            run, biases = attend, spread_table(biases, self.attention_bias_idxs, self.pairs_of_entries)
+        return self.proj(cascade(windows, self.qkvs, self.dws, biases, self.scale, self.head_input, run))
 
     def folded(self) -> FoldedCascadedGroupAttention:
         """What this module is in evaluation mode, for inference only."""
@@ -178,6 +201,7 @@ def cascade(
     biases: Tensor,
     scale: float | None = None,
     head_input: HeadInput = "cascade",
+    run: Attend = attend,
 ) -> Tensor:
     """The heads of cascaded group attention, one after the other; see `CascadedGroupAttention`.
 
@@ -185,9 +209,10 @@ def cascade(
         windows: `[B*W, H*d, r, r]`.
         qkvs: for each head the map from the channels it sees to those of query, key and value, the last `d`.
         dws: for each head the map of its query over the window.
-        biases: `[H, N, N]`, N = r * r, rows index queries.
+        biases: of each head what `run` takes, `[H, ...]`.
         scale: factor on the scores before the bias; None when `dws` has it.
         head_input: what a head sees.
+        run: maps query, key, value, one head's bias and `scale` to its output.
 
     Returns:
         The heads' outputs `[B*W, H*d, r, r]`, before ReLU and projection.
@@ -205,9 +230,7 @@ def cascade(
         mixed = qkv(source)
         key_dim = (mixed.shape[1] - piece.shape[1]) // 2
         query, key, value = mixed.split([key_dim, key_dim, piece.shape[1]], dim=1)
-        scores = dw(query).flatten(2).mT @ key.flatten(2)
-        attention = ((scores if scale is None else scores * scale) + bias).softmax(dim=-1)
-        outputs.append((value.flatten(2) @ attention.mT).view_as(piece))
+        outputs.append(run(dw(query), key, value, bias, scale))
     return torch.cat(outputs, dim=1)
 
 
@@ -219,7 +242,7 @@ class LocalWindowAttention(nn.Module):
     take part in the softmax of their window as keys.
 
     Args:
-        channels, num_heads, window_size, kernel_sizes, key_dim, head_input: see `CascadedGroupAttention`.
+        channels, num_heads, window_size, kernel_sizes, key_dim, head_input, backend: see `CascadedGroupAttention`.
     """
 
     def __init__(
@@ -230,10 +253,11 @@ class LocalWindowAttention(nn.Module):
         kernel_sizes: Sequence[int],
         key_dim: int = 16,
         head_input: HeadInput = "cascade",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.attn: CascadedGroupAttention | FoldedCascadedGroupAttention
-        self.attn = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input)
+        self.attn = CascadedGroupAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, height, width]` to a map of the same shape."""
@@ -250,17 +274,6 @@ class LocalWindowAttention(nn.Module):
         """Put the attention's folded form in its place."""
         assert isinstance(self.attn, CascadedGroupAttention)
         self.attn = self.attn.folded()
-
-
-def bias_index(window_size: int) -> Tensor:
-    """Table entry of every (query, key) pair of a square window, `|dy| * window_size + |dx|`.
-
-    Returns:
-        `[N, N]` int64, N = window_size**2, tokens in row-major order, rows index queries.
-    """
-    position = torch.arange(window_size**2)
-    y, x = position // window_size, position % window_size
-    return (y[:, None] - y).abs() * window_size + (x[:, None] - x).abs()
 
 
 def resize_bias_table(table: Tensor, window_size: int) -> Tensor:

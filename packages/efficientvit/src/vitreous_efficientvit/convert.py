@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitreous_core.errors import StateMismatch
 
-from .attention import bias_index
+from .ops.head_attention import bias_index
 
 # Official head modules and their names in `EfficientViTMSRAHead`.
 _HEADS = {"head.": "head.classifier.", "head_dist.": "head.distillation_classifier."}

@@ -67,10 +67,12 @@ class EfficientViTMSRA(nn.Module):
         norm_eval: keep batch norms in evaluation mode while training.
         with_cp: recompute the blocks in the backward pass to save memory; results are unchanged.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0; the paper uses none.
+        backend: of the heads' attention in training and unfused inference, see `CascadedGroupAttention`. Deploy mode
+            has its own.
 
     Raises:
         TypeError: for an `arch`, `img_size` or `out_indices` of another type.
-        ValueError: for an unknown architecture, sizes no multiple of 16, heads that do not divide channels.
+        ValueError: for an unknown architecture or backend, sizes no multiple of 16, heads that do not divide channels.
     """
 
     arch_settings: ClassVar[dict[str, dict[str, Any]]] = {
@@ -92,6 +94,7 @@ class EfficientViTMSRA(nn.Module):
         norm_eval: bool = False,
         with_cp: bool = False,
         drop_path_rate: float = 0.0,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         arch = _checked_arch(arch, self.arch_settings)
@@ -131,6 +134,7 @@ class EfficientViTMSRA(nn.Module):
                     head_input=arch.get("head_input", "cascade"),
                     ffns=arch.get("ffns", (1, 1)),
                     ffn_ratio=ffn_ratio,
+                    backend=backend,
                 )
                 for _ in range(self.depths[stage])
             ]
@@ -360,9 +364,10 @@ class EfficientViTBlock(nn.Sequential):
         head_input: HeadInput,
         ffns: Sequence[int],
         ffn_ratio: float,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        attention = LocalWindowAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input)
+        attention = LocalWindowAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input, backend)
 
         def add_ffn(index: int) -> None:
             self.add_module(f"dw{index}", Residual(_depthwise(channels, gamma=0.0), drop_path))

@@ -1,4 +1,4 @@
-"""Fused operators of EfficientViT's inference; see README.md beside this file."""
+"""Fused operators of EfficientViT; see README.md beside this file."""
 
 from .api import (
     Backend,
@@ -9,6 +9,7 @@ from .api import (
     halving_convolution,
     halving_depthwise,
 )
+from .head_attention import choose_head_backend, head_attention
 from .weights import AttentionWeights, ConvolutionWeights, DepthwiseWeights, FeedForwardWeights
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Operator",
     "cascaded_group_attention",
     "choose_backend",
+    "choose_head_backend",
     "feed_forward",
     "halving_convolution",
     "halving_depthwise",
+    "head_attention",
 ]

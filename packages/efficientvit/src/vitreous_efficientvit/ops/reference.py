@@ -7,12 +7,14 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import cascade, window_partition, window_reverse
 from .weights import AttentionWeights, ConvolutionWeights, DepthwiseWeights, FeedForwardWeights
 
 
 def attention(x: Tensor, weights: AttentionWeights) -> Tensor:
     """`x` plus the projected heads of its windows; `x` `[B, C, height, width]`."""
+    # Here, as these layers use an operator of this folder themselves.
+    from ..attention import cascade, window_partition, window_reverse
+
     side, tokens = weights.window_size, weights.window_size**2
     height, width = x.shape[2:]
     padded = F.pad(x, (0, -width % side, 0, -height % side))

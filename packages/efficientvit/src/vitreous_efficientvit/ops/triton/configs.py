@@ -43,6 +43,22 @@ class AttentionTile:
 
 
 @dataclass(frozen=True)
+class HeadTile:
+    """Launch of a kernel of one head.
+
+    Args:
+        tokens: of one window, padded.
+        programs: per multiprocessor, at most.
+        warps, stages: of a program, and of its walk over windows.
+    """
+
+    tokens: int
+    programs: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class FeedForwardTile:
     """Launch of the FFN kernel.
 
@@ -91,6 +107,14 @@ def attention_tile(
     warps = 8 if rows < BIAS_TILE and value_dim > 64 else 4
     columns = 128 if tokens > 32 and value_dim > 16 else 64
     return AttentionTile(rows, rows // tokens, columns, 64, 4, warps, 2)
+
+
+def head_tile(dtype: torch.dtype, tokens: int, value_dim: int, backward: bool) -> HeadTile:
+    """One window at a time: by four warps, or, of 16 tokens at most, by one."""
+    rows = max(1 << (tokens - 1).bit_length(), 16)
+    warps = max(rows // 16, 1)
+    programs = {16: 16, 32: 8, 64: 4}[rows]
+    return HeadTile(rows, programs, warps, 2)
 
 
 def feed_forward_tile(
