@@ -187,6 +187,16 @@ def test_partition_and_reverse_cancel():
     assert torch.equal(window_reverse(windows, 4, 6), x)
 
 
+def test_partition_and_reverse_keep_the_memory_format():
+    x = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    windows = window_partition(x.contiguous(memory_format=torch.channels_last), 2)
+    assert torch.equal(windows, window_partition(x, 2))
+    assert windows.is_contiguous(memory_format=torch.channels_last)
+    back = window_reverse(windows, 4, 6)
+    assert torch.equal(back, x)
+    assert back.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_empty_batch():
     module = LocalWindowAttention(12, 3, 4, (5, 3, 3), key_dim=4).eval()
     assert module(torch.zeros(0, 12, 6, 9)).shape == (0, 12, 6, 9)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitreous_core.bench.attention import FORWARD
+from vitreous_core.bench.attention import BOTH, FORWARD
 from vitreous_core.bench.case import Work
 from vitreous_core.bench.models import INFER, ModelProblem
 from vitreous_efficientvit import bench
@@ -84,6 +84,18 @@ def test_layers_agree(name: str, provider: str) -> None:
     gate = prepared.gate([FORWARD])
     assert set(gate.errors) == ({"out", "mean"} if name.startswith("depthwise") else {"out"})
     assert gate.passed, gate
+
+
+@pytest.mark.parametrize("provider", ["eager", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_steps_of_layers_agree(provider: str) -> None:
+    case = next(case for case in bench.cases() if case.name == "E2-layers/attention-training-m0-stage3/batch128")
+    (one,) = (one for one in case.providers if one.name == provider)
+    prepared = one.prepare(replace(case.problem, batch=3, dtype="float32"), torch.device("cpu"))
+    assert prepared.gate is not None
+    gate = prepared.gate([BOTH])
+    assert set(gate.errors) == {"out", "dx", "dparameters"}
+    assert gate.passed, gate
+    assert len(prepared.steps[BOTH]()) == 2 + len(list(case.problem.build().parameters()))
 
 
 def test_work_of_layers() -> None:

@@ -265,7 +265,8 @@ class LocalWindowAttention(nn.Module):
         window = self.attn.window_size
         if (height, width) == (window, window):
             return self.attn(x)
-        padded = F.pad(x, (0, -width % window, 0, -height % window))
+        below, right = -height % window, -width % window
+        padded = F.pad(x, (0, right, 0, below)) if below or right else x  # padding by nothing would copy
         windows = window_partition(padded, window)
         merged = window_reverse(self.attn(windows), *padded.shape[-2:])
         return merged[..., :height, :width]
@@ -301,10 +302,14 @@ def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """Cut `[B, C, height, width]`, both sides multiples of the window, into `[B*W, C, window, window]`.
 
-    Windows of one image are in row-major order.
+    Windows of one image are in row-major order, those of a channels-last map channels-last.
     """
     batch, channels, height, width = x.shape
     rows, columns = height // window_size, width // window_size
+    if x.is_contiguous(memory_format=torch.channels_last):
+        strips = x.permute(0, 2, 3, 1).reshape(batch * rows, window_size, columns, window_size, channels)
+        cells = strips.transpose(1, 2).reshape(batch * rows * columns, window_size, window_size, channels)
+        return cells.permute(0, 3, 1, 2)
     # In two steps, because Core ML knows tensors of five dimensions at most.
     x = x.view(batch, channels, rows, window_size, width).transpose(1, 2)
     x = x.reshape(batch * rows, channels, window_size, columns, window_size).permute(0, 3, 1, 2, 4)
@@ -316,6 +321,9 @@ def window_reverse(windows: Tensor, height: int, width: int) -> Tensor:
     channels, window_size = windows.shape[1:3]
     rows, columns = height // window_size, width // window_size
     batch = windows.shape[0] // (rows * columns)
+    if windows.is_contiguous(memory_format=torch.channels_last):
+        strips = windows.permute(0, 2, 3, 1).reshape(batch * rows, columns, window_size, window_size, channels)
+        return strips.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
     x = windows.view(batch * rows, columns, channels, window_size, window_size).permute(0, 2, 3, 1, 4)
     x = x.reshape(batch, rows, channels, window_size, width).transpose(1, 2)
     return x.reshape(batch, channels, height, width)

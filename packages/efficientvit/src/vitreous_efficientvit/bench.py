@@ -29,7 +29,7 @@ from vitreous_core.bench.runtimes import folded, runtime_provider
 from vitreous_core.deploy import switch_to_deploy
 from vitreous_core.testing.golden import golden_state
 
-from .bench_layers import layer_cases
+from .bench_layers import layer_cases, training_layer_cases
 from .convert import from_official, to_official, to_timm
 from .model import EfficientViTMSRA, EfficientViTMSRAHead
 from .ops import Backend
@@ -42,7 +42,7 @@ def cases() -> Sequence[Case]:
     """All of them."""
     return [
         *inference_cases(), *variant_cases(), *size_cases(), *float32_cases(), *training_cases(), *layer_cases(),
-        *runtime_cases(),
+        *training_layer_cases(), *runtime_cases(),
     ]  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _inference_case(
 
     `deploy-triton` is deploy mode as it comes for a half-precision network on a GPU; `deploy` keeps to plain PyTorch.
     """
-    network, theirs = partial(classifier, arch, img_size=size), partial(timm_classifier, arch, size)
+    network, theirs = partial(classifier, arch, img_size=size, backend="torch"), partial(timm_classifier, arch, size)
     networks: dict[str, tuple[Build, Adopt]] = {
         "deploy-triton": (partial(network, dtype=torch.float16), partial(deployed, backend="auto")),
         "deploy-auto": (network, partial(deployed, backend="auto")),
@@ -123,10 +123,14 @@ def _inference_case(
 
 
 def training_cases() -> Iterator[Case]:
-    """E2: a training step under autocast."""
+    """E2: a training step under autocast.
+
+    `triton` is our network as it comes, with a kernel for each head's attention; `eager` keeps to plain PyTorch.
+    """
     for arch in NETWORKS:
         networks: dict[str, tuple[Build, Adopt]] = {
-            "eager": (partial(classifier, arch), load_weights),
+            "triton": (partial(classifier, arch), load_weights),
+            "eager": (partial(classifier, arch, backend="torch"), load_weights),
             "timm": (partial(timm_classifier, arch), adopt_in_timm),
         }
         for batch in (128, 1024):
@@ -135,7 +139,7 @@ def training_cases() -> Iterator[Case]:
             goal = Goal(TRAIN, "speed-up", 2.0, over="timm")
             yield Case(
                 f"E2/{arch}-batch{batch}", "E2", problem, variants(names, networks), (TRAIN,),
-                ours="eager-reduce-overhead", goals=(goal,), clock="wall",
+                ours="triton-reduce-overhead", goals=(goal,), clock="wall",
             )  # fmt: skip
 
 
@@ -167,9 +171,11 @@ def runtime_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def classifier(arch: str, dtype: torch.dtype = torch.float32, img_size: int = 224) -> nn.Module:
+def classifier(
+    arch: str, dtype: torch.dtype = torch.float32, img_size: int = 224, backend: Backend = "auto"
+) -> nn.Module:
     """Our network with one head, with weights away from zeros and ones, in evaluation mode."""
-    backbone = EfficientViTMSRA(arch, img_size)
+    backbone = EfficientViTMSRA(arch, img_size, backend=backend)
     head = EfficientViTMSRAHead(1000, backbone.channels[-1])
     model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
     model.load_state_dict(from_official(golden_state(to_official(model.state_dict()))))

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitreous_core.bench.attention import FORWARD, relative_error
+from vitreous_core.bench.attention import BOTH, FORWARD, relative_error
 from vitreous_core.bench.case import Case, Gate, Goal, Prepared, Provider, Work
 
 from .attention import CascadedGroupAttention, ConvBN, LocalWindowAttention
 from .fused import FusedConvolution, fuse
 from .model import FFN, EfficientViTMSRA, PatchMerging, Residual, fold
-from .ops import DepthwiseWeights, halving_depthwise
+from .ops import Backend, DepthwiseWeights, halving_depthwise
 from .ops.weights import bias_of, pack_depthwise
 
 _CHECKED = 2
@@ -57,7 +57,7 @@ class Layer(ABC):
         """The modules before anything is folded."""
 
     @abstractmethod
-    def work(self, mode: str) -> Work:
+    def work(self, mode: str) -> Work | None:
         """The maps read and written once, the folded weights read once; the matrix products."""
 
     def fuse(self, network: nn.Sequential) -> None:
@@ -129,7 +129,7 @@ class Attention(Layer):
         kernels = self._setting("kernel_sizes")
         return [Residual(LocalWindowAttention(self.channels, self.heads, self.window, kernels))]
 
-    def work(self, mode: str) -> Work:
+    def work(self, mode: str) -> Work | None:
         channels, tokens, dim = self.channels, self.window**2, self.channels // self.heads
         windows = self.batch * (-(-self.side // self.window)) ** 2
         weights = channels * (32 + dim) + channels**2
@@ -275,6 +275,19 @@ STAGE_SIDES = (14, 7, 4)
 """Of an image of 224 pixels."""
 
 
+class AttentionTraining(Attention):
+    """The same with batch norms on the statistics of the batch: forward and backward under autocast."""
+
+    kind = "attention-training"
+
+    def work(self, mode: str) -> None:
+        """No roof: what between convolutions and norms must pass through memory depends on who computes it."""
+
+    def facts(self) -> Mapping[str, Any]:
+        facts = dict(super().facts())
+        return {**facts, "computes_in": facts.pop("dtype")}
+
+
 def layer_cases() -> Iterator[Case]:
     """E1, layer by layer: the kernels against folded layers, eager and compiled."""
     providers = tuple(Provider(name, partial(_prepare, how=name)) for name in ("triton", "folded", "folded-compiled"))
@@ -292,6 +305,72 @@ def layer_cases() -> Iterator[Case]:
                 yield Case(name, "E1-layers", problem, providers, (FORWARD,), goals=(goal,))
 
 
+def training_layer_cases() -> Iterator[Case]:
+    """E2, layer by layer: cascaded group attention with the kernel of its heads and in plain PyTorch."""
+    backends: dict[str, Backend] = {"triton": "triton", "eager": "torch"}
+    providers = tuple(
+        Provider(name + suffix, partial(_prepare_training, backend=backend, compiled=bool(suffix)))
+        for name, backend in backends.items()
+        for suffix in ("", "-compiled")
+    )
+    goal = Goal(BOTH, "speed-up", 1.0, over="eager")
+    for arch in ("m0", "m4"):
+        for stage, side in enumerate(STAGE_SIDES):
+            for batch in (128, 1024):
+                problem = AttentionTraining(arch, stage, batch, side, "bfloat16")
+                name = f"E2-layers/{problem.kind}-{arch}-{problem.place}/batch{batch}"
+                yield Case(name, "E2-layers", problem, providers, (BOTH,), goals=(goal,), clock="wall")
+
+
+def _prepare_training(
+    problem: AttentionTraining, device: torch.device, *, backend: Backend, compiled: bool
+) -> Prepared:
+    network = _trained(problem, device, backend)
+    run = torch.compile(network, dynamic=False) if compiled else network
+    x = _map(problem, device)
+
+    def both() -> tuple[Tensor, ...]:
+        return _step(problem, network, run, x)
+
+    gate = partial(_gate_training, problem, network, x[:_CHECKED])
+    return Prepared({BOTH: both}, gate, facts={"channels_last": True, "compiled": compiled})
+
+
+def _trained(problem: AttentionTraining, device: torch.device, backend: Backend) -> nn.Sequential:
+    network = copy.deepcopy(_unfolded(problem)).to(device).to(memory_format=torch.channels_last).train()
+    for module in network.modules():
+        if isinstance(module, CascadedGroupAttention):
+            module.backend = backend
+    return network
+
+
+def _step(
+    problem: AttentionTraining, network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, ...]:
+    """The output, and the gradients of `x` and all parameters for that of a fixed gradient."""
+    x = x.detach().requires_grad_()
+    dtype = getattr(torch, problem.dtype)
+    with torch.autocast(x.device.type, dtype, enabled=x.dtype == dtype != torch.float32):
+        out = run(x)
+    return out.detach(), *torch.autograd.grad(out, (x, *network.parameters()), x.detach().to(out.dtype))
+
+
+def _gate_training(problem: AttentionTraining, network: nn.Module, x: Tensor, modes: Collection[str]) -> Gate:
+    """Uncompiled, as a compiler would compile for the number of images too; all parameters together."""
+    plain = _trained(problem, x.device, "torch")
+    exact = copy.deepcopy(plain).double()
+    results = []
+    for one, images in ((network, x), (plain, x), (exact, x.double())):
+        out, dx, *gradients = _step(problem, one, one, images)
+        results.append((out, dx, torch.cat([gradient.flatten() for gradient in gradients])))
+    rounding = torch.finfo(x.dtype).eps / 2
+    errors, limits = {}, {}
+    for name, got, own, truth in zip(("out", "dx", "dparameters"), *results, strict=True):
+        errors[name] = relative_error(got, truth)
+        limits[name] = 2 * (relative_error(own, truth) + rounding)
+    return Gate(errors, limits, f"the layer in float64, {_CHECKED} images")
+
+
 def _prepare(problem: Layer, device: torch.device, *, how: str) -> Prepared:
     network = copy.deepcopy(_unfolded(problem))
     fold(network)
@@ -301,9 +380,7 @@ def _prepare(problem: Layer, device: torch.device, *, how: str) -> Prepared:
     network = network.to(device, dtype).to(memory_format=torch.channels_last)
     if how == "folded-compiled":
         network.compile(dynamic=False)
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (problem.batch, problem.side, problem.side, problem.channels)
-    x = torch.randn(shape, generator=generator, device=device, dtype=dtype).permute(0, 3, 1, 2)
+    x = _map(problem, device)
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -311,6 +388,14 @@ def _prepare(problem: Layer, device: torch.device, *, how: str) -> Prepared:
 
     gate = partial(_gate, problem, forward, x[:_CHECKED])
     return Prepared({FORWARD: forward}, gate, facts={"channels_last": True})
+
+
+def _map(problem: Layer, device: torch.device) -> Tensor:
+    """Normal and channels-last."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (problem.batch, problem.side, problem.side, problem.channels)
+    dtype = getattr(torch, problem.dtype)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _gate(problem: Layer, forward: Callable[[], tuple[Tensor, ...]], x: Tensor, modes: Collection[str]) -> Gate:
