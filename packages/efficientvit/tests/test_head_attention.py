@@ -20,6 +20,7 @@ from vitreous_efficientvit import CascadedGroupAttention, EfficientViTMSRA
 from vitreous_efficientvit.attention import LocalWindowAttention
 from vitreous_efficientvit.ops import choose_head_backend, head_attention
 from vitreous_efficientvit.ops.head_attention import bias_index, pairs_of_entries, spread_table
+from vitreous_efficientvit.ops.triton.configs import head_tile
 
 Build = Callable[..., nn.Sequential]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -317,6 +318,18 @@ def test_auto_is_a_pure_function() -> None:
             assert choose_head_backend("cuda", BRAIN, 7, 16, channels // heads) == "triton", arch
 
 
+def test_tiles_hold_their_windows() -> None:
+    for dtype in (HALF, BRAIN, SINGLE):
+        for side in range(1, 9):
+            for value_dim in (1, 64, 128):
+                for backward in (False, True):
+                    tile = head_tile(dtype, side * side, value_dim, backward)
+                    assert side * side <= tile.tokens <= max(2 * side * side, 16)
+                    assert tile.tokens & (tile.tokens - 1) == 0
+                    assert 1 <= tile.warps <= 8
+                    assert tile.programs >= 1
+
+
 def test_refusals() -> None:
     query, key, value, table = (
         torch.randn(2, 65, 9, 9),
@@ -329,16 +342,16 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="backend must be 'auto', 'torch' or 'triton'; got 'flex'"):
         CascadedGroupAttention(8, 1, 3, (3,), backend="flex")
     with pytest.raises(ValueError, match=r"value must be \[B\*W, d, r, r\]"):
-        head_attention(query, key, value[:, :, :3], table, 1.0)
+        head_attention(query, key, value[:, :, :3], table, 1.0, backend="torch")
     with pytest.raises(ValueError, match=r"query must be \[2, D, 9, 9\]"):
-        head_attention(query[:1], key, value, table, 1.0)
+        head_attention(query[:1], key, value, table, 1.0, backend="torch")
     with pytest.raises(ValueError, match="key must have the shape of query"):
-        head_attention(query, key[:, :3], value, table, 1.0)
+        head_attention(query, key[:, :3], value, table, 1.0, backend="torch")
     with pytest.raises(ValueError, match=r"table must be \[81\]"):
-        head_attention(query, key, value, table[:9], 1.0)
+        head_attention(query, key, value, table[:9], 1.0, backend="torch")
     with pytest.raises(TypeError, match=r"key must have the dtype of value, torch\.float32; got torch\.float16"):
-        head_attention(query, key.half(), value, table, 1.0)
+        head_attention(query, key.half(), value, table, 1.0, backend="torch")
     with pytest.raises(TypeError, match="table must be floating"):
-        head_attention(query, key, value, table.long(), 1.0)
+        head_attention(query, key, value, table.long(), 1.0, backend="torch")
     with pytest.raises(ValueError, match="table must be on the device of value, cpu; got meta"):
-        head_attention(query, key, value, table.to("meta"), 1.0)
+        head_attention(query, key, value, table.to("meta"), 1.0, backend="torch")

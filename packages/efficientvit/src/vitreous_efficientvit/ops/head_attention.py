@@ -19,7 +19,7 @@ _MOST_TOKENS, _WIDEST_KEY, _WIDEST_VALUE = 64, 64, 128
 
 
 def head_attention(
-    query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: float, *, backend: Backend = "auto"
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: float, *, backend: Backend
 ) -> Tensor:
     """`softmax(scale q k^T + bias) v` over the tokens of each window, the bias of (query, key) `table[|dy| r + |dx|]`.
 

@@ -110,11 +110,15 @@ def attention_tile(
 
 
 def head_tile(dtype: torch.dtype, tokens: int, value_dim: int, backward: bool) -> HeadTile:
-    """One window at a time: by four warps, or, of 16 tokens at most, by one."""
+    """One window at a time, 16 tokens to a warp; twice as many warps where their registers would not do.
+
+    The backward keeps the bias and the sum of its gradients beside four products: half as many programs fit.
+    """
     rows = max(1 << (tokens - 1).bit_length(), 16)
-    warps = max(rows // 16, 1)
-    programs = {16: 16, 32: 8, 64: 4}[rows]
-    return HeadTile(rows, programs, warps, 2)
+    warps = rows // 16
+    if dtype == torch.float32 or (value_dim > 64 and rows > 16):
+        warps *= 2
+    return HeadTile(rows, 256 // rows // (2 if backward else 1), warps, 2)
 
 
 def feed_forward_tile(
