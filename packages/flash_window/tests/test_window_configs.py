@@ -57,9 +57,10 @@ def test_factors_are_halved_where_four_warps_compute_in_tf32():
         assert halved(SINGLE, 49, 32) == {(64, True)}
         assert halved(SINGLE, 144, 32) == {(64, True), (16, False)}
         assert halved(HALF, 49, 32) == {(64, False)}
-    assert configs.choose_channels(64, 256, "tf32").backward.halved
-    assert not configs.choose_channels(32, 256, "tf32").backward.halved
-    assert not configs.choose_channels(64, 256, "ieee").backward.halved
+    assert configs.choose_channels(64, 128, "tf32").backward.halved
+    assert not configs.choose_channels(64, 256, "tf32").backward.halved
+    assert not configs.choose_channels(32, 128, "tf32").backward.halved
+    assert not configs.choose_channels(64, 128, "ieee").backward.halved
 
 
 def test_tiles_of_the_bias_gradient_cover_the_scores():

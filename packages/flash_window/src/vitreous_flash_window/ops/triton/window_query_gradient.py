@@ -70,12 +70,13 @@ def _walk_rows(
     Of a strip of queries and a part of the windows. `delta = rowsum(P dP)`, or from the output, `rowsum(dout out)`.
     """
     if SAME_STRIDES:  # places within tensors are then computed once, in fewer registers
-        stride_kw, stride_vw, stride_gw, stride_ow = stride_qw, stride_qw, stride_qw, stride_qw
-        stride_kh, stride_vh, stride_gh, stride_oh = stride_qh, stride_qh, stride_qh, stride_qh
         stride_kn, stride_vn, stride_gn, stride_on = stride_qn, stride_qn, stride_qn, stride_qn
-        stride_dqw, stride_dkw, stride_dvw = stride_qw, stride_qw, stride_qw
-        stride_dqh, stride_dkh, stride_dvh = stride_qh, stride_qh, stride_qh
         stride_dqn, stride_dkn, stride_dvn = stride_qn, stride_qn, stride_qn
+        if not HALVED:  # with halves, sharing these too took longer: docs/results/profiles/windows-tf32.txt
+            stride_kw, stride_vw, stride_gw, stride_ow = stride_qw, stride_qw, stride_qw, stride_qw
+            stride_kh, stride_vh, stride_gh, stride_oh = stride_qh, stride_qh, stride_qh, stride_qh
+            stride_dqw, stride_dkw, stride_dvw = stride_qw, stride_qw, stride_qw
+            stride_dqh, stride_dkh, stride_dvh = stride_qh, stride_qh, stride_qh
     stride_qn = full_stride(stride_qn, ALIGN)
     stride_gn = full_stride(stride_gn, ALIGN)
     stride_dqn = full_stride(stride_dqn, ALIGN)
