@@ -199,7 +199,8 @@ def choose_channels(tokens: int, head_dim: int, precision: str) -> ChannelTiles:
     rows = min(LARGEST_TILE, _power_of_two(tokens))
     if precision == "ieee":  # compiled, not timed
         return ChannelTiles(Tile(0, 1, rows, 16, 0, 4, 3, 3), Tile(0, 1, rows, 16, 0, 8, 2, 2))
-    # Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6: docs/results/profiles/windows-channels.txt, windows-tf32.txt.
+    # Measured on an H100 80GB HBM3, torch 2.11, Triton 3.6: windows-channels.txt and windows-tf32.txt in
+    # docs/results/profiles.
     is_long = padded_head_dim(head_dim) > 128
     halved = not is_long and _is_halved(torch.float32, precision, rows)
     backward = Tile(0, 1, rows, 32, 0, 8 if is_long else 4, 3, 2, halved=halved)
