@@ -121,7 +121,7 @@ class CascadedGroupAttention(nn.Module):
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(channels, channels, gamma=0.0))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))
         self.register_buffer("attention_bias_idxs", bias_index(window_size), persistent=False)
-        self.register_buffer("pairs_of_entries", pairs_of_entries(self.attention_bias_idxs), persistent=False)
+        self.register_buffer("pairs_of_entries", pairs_of_entries(window_size), persistent=False)
         self.register_load_state_dict_pre_hook(_resize_loaded_table)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def head_attention(
     side = value.shape[-1]
     if resolve_head(backend, value.device, value.dtype, side, query.shape[1], value.shape[1]) == "triton":
         return head_contract.head_attention(query, key, value, table, scale)
-    index = bias_index(side).to(table.device)
-    return attend(query, key, value, spread_table(table, index, pairs_of_entries(index)), scale)
+    bias = spread_table(table, bias_index(side).to(table.device), pairs_of_entries(side).to(table.device))
+    return attend(query, key, value, bias, scale)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
@@ -124,18 +125,29 @@ def bias_index(window_size: int) -> Tensor:
     return (y[:, None] - y).abs() * window_size + (x[:, None] - x).abs()
 
 
-def pairs_of_entries(index: Tensor) -> Tensor:
-    """The inverse of `bias_index`: for each table entry its pairs as positions in `[N * N]`, then `N * N` as padding.
+def pairs_of_entries(window_size: int) -> Tensor:
+    """The inverse of `bias_index`: the pairs of each table entry as positions in `[N * N]`, and `N * N` as padding.
+
+    A query has at most four keys at `(|dy|, |dx|)`, one in each direction.
 
     Returns:
-        `[N, most pairs of an entry]` int64, on the device of `index`.
+        `[N, 4 * N]` int64.
     """
-    entries, pairs = index.flatten().sort(stable=True)
-    counts = entries.bincount(minlength=len(index))
-    rank = torch.arange(len(pairs), device=index.device) - (counts.cumsum(0) - counts)[entries]
-    inverse = pairs.new_full((len(index), int(counts.max())), len(pairs))
-    inverse[entries, rank] = pairs
-    return inverse
+    tokens = window_size**2
+    query = torch.arange(tokens)
+    y, x = query // window_size, query % window_size
+    dy, dx = y[:, None], x[:, None]  # of each entry
+    columns = []
+    for up, left in itertools.product((-1, 1), repeat=2):
+        key_y, key_x = y + up * dy, x + left * dx
+        is_key = (key_y >= 0) & (key_y < window_size) & (key_x >= 0) & (key_x < window_size)
+        # No step is the same in both directions.
+        if up < 0:
+            is_key &= dy > 0
+        if left < 0:
+            is_key &= dx > 0
+        columns.append(torch.where(is_key, query * tokens + key_y * window_size + key_x, tokens**2))
+    return torch.cat(columns, dim=1)
 
 
 def spread_table(table: Tensor, index: Tensor, pairs: Tensor) -> Tensor:
