@@ -65,7 +65,9 @@ class Problem:
             mixed, dout = (draw(maps[0], size, *maps[1:]) for size in (sum(sizes), 3 * self.value_dim))
             query = draw(maps[0], self.key_dim, *maps[1:])
         _, key, value = mixed.split(sizes, 1)
-        table = torch.randn(self.side**2, generator=generator).to(DEVICE)
+        table = torch.randn(self.side**2, 3, generator=generator).to(DEVICE)[:, 1]
+        if self.memory != "strided":
+            table = table.contiguous()
         dout = dout[:, -self.value_dim :]
         return {"query": 2 * query, "key": key, "value": value, "table": table, "dout": dout}
 

@@ -88,7 +88,7 @@ class CascadedGroupAttention(nn.Module):
     """
 
     attention_bias_idxs: Tensor
-    pairs_of_entries: Tensor
+    bias_pairs: Tensor
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class CascadedGroupAttention(nn.Module):
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(channels, channels, gamma=0.0))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))
         self.register_buffer("attention_bias_idxs", bias_index(window_size), persistent=False)
-        self.register_buffer("pairs_of_entries", pairs_of_entries(window_size), persistent=False)
+        self.register_buffer("bias_pairs", pairs_of_entries(window_size), persistent=False)
         self.register_load_state_dict_pre_hook(_resize_loaded_table)
 
     def extra_repr(self) -> str:
@@ -148,7 +148,7 @@ class CascadedGroupAttention(nn.Module):
         if resolve_head(self.backend, windows.device, dtype, *sizes) == "triton":
             run = partial(head_attention, backend="triton")
         else:
-            run, biases = attend, spread_table(biases, self.attention_bias_idxs, self.pairs_of_entries)
+            run, biases = attend, spread_table(biases, self.attention_bias_idxs, self.bias_pairs)
         return self.proj(cascade(windows, self.qkvs, self.dws, biases, self.scale, self.head_input, run))
 
     def folded(self) -> FoldedCascadedGroupAttention:

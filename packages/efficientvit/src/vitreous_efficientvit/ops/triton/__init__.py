@@ -1,4 +1,4 @@
-"""Triton kernels of EfficientViT's inference, for NVIDIA GPUs from Ampere on."""
+"""Triton kernels of EfficientViT, for NVIDIA GPUs from Ampere on."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def launch_forward(query: Tensor, key: Tensor, value: Tensor, table: Tensor, sca
         tuple(map(_strides, (*maps, out))),
     )  # fmt: skip
     with device_of(value):
-        launch_kernel(_head_fwd_kernel, launch.grid, (*maps, table, out), *launch[1:])
+        launch_kernel(_head_fwd_kernel, launch.grid, (*maps, table.contiguous(), out), *launch[1:])
     return out
 
 
@@ -196,7 +196,7 @@ def launch_backward(
     with device_of(value):
         launch_kernel(
             _head_bwd_kernel, launch.grid,
-            (*maps[:3], table, maps[3], *gradients, partials if needs_table else None), *launch[1:],
+            (*maps[:3], table.contiguous(), maps[3], *gradients, partials if needs_table else None), *launch[1:],
         )  # fmt: skip
     dtable = partials.sum(0).to(table.dtype) if needs_table else table.new_empty(0)
     return *gradients, dtable
