@@ -11,10 +11,8 @@ tokens anyway, so that no block does; every map that leaves a backbone is NCHW, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from vitreous_core.backbone import stage_indices
 from vitreous_core.gelu_linear import gelu_linear
 from vitreous_core.ops.sum_norm import SumNorm, add_branch, sum_norm
+from vitreous_core.stochastic_depth import branch_factors
 
 from .attention import Backend, CurveAttention, HilbertNeighborhoodAttention, HilbertWindowAttention
 from .attention_2d import NeighborhoodAttention2d
-from .reorder import Curve, OrderName, constants
+from .reorder import Curve, OrderName
 
 Size = tuple[int, int]
 
@@ -391,13 +390,9 @@ class CurveStage(nn.Module):
         return self.blocks[0].attn.curve
 
     def branch_factors(self, batch: int, device: torch.device) -> list[Tensor | None]:
-        """What each sample's branches are multiplied by, fp32 `[B]`, two per block; None where none is left out."""
-        rates = [rate for rate in self.drop_path_rates for _ in range(2)]
-        if not self.training or max(rates) == 0:
-            return [None] * len(rates)
-        (kept,) = _kept(tuple(rates), str(device))
-        factors = kept.expand(-1, batch).bernoulli().div_(kept).unbind(0)
-        return [factor if rate > 0 else None for factor, rate in zip(factors, rates, strict=True)]
+        """What each sample's branches are multiplied by, two per block."""
+        rates = [rate if self.training else 0.0 for rate in self.drop_path_rates for _ in range(2)]
+        return branch_factors(rates, batch, device)
 
     def forward(self, tokens: Tensor, size: Size) -> Tensor:
         factors = self.branch_factors(tokens.shape[0], tokens.device)  # len() would fix the batch of an exported graph
@@ -527,21 +522,6 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return gelu_linear(self.fc1(tokens), self.fc2)
-
-
-@torch.compiler.assume_constant_result
-def _kept(rates: tuple[float, ...], device: str) -> tuple[Tensor]:
-    """One minus the rates, fp32 `[len(rates), 1]`. Not a buffer: DDP would send it round at every step.
-
-    In a tuple: Dynamo of PyTorch 2.11 takes a bare tensor from one call of a graph alone.
-    """
-    return _cached_kept(rates, device)
-
-
-@lru_cache
-def _cached_kept(rates: tuple[float, ...], device: str) -> tuple[Tensor]:
-    (kept,) = constants(lambda: (1 - np.array(rates, dtype=np.float32)[:, None],), device)
-    return (kept,)
 
 
 def _channels_last(images: Tensor) -> Tensor:
