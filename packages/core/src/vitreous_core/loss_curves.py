@@ -9,8 +9,9 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCE = "torch"
+
+_RECORDS = Path("docs/results/repro")
+
+_PAGE = """
+# Training with the kernels
+
+```bash
+nox -s "reproduce({paper})" -- {config} --seed 0 1 2 --backend torch triton --jobs 6 \\
+    --cfg-options default_hooks.logger.interval=10
+```
+
+The same configs with `backend="torch"` and `backend="triton"`, the same seeds for both: first weights and data order
+agree, what differs is rounding, which training amplifies until two runs are as far apart as two seeds.
+
+{table}
+*mean loss difference*: between the two mean curves, averaged over the steps. *expected of equals*: what that would be
+between two sets of runs of the same backend with other seeds, from the *seed noise*, the standard deviation between
+torch's runs. A backend trains as the reference does when the first does not exceed the second.
+
+![training](../figures/{paper}-training.png)
+"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,23 @@ def _read_set(config: str, backends: Mapping[str, Mapping[int, Path]], seeds: Se
 def _read_losses(path: Path) -> dict[int, float]:
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+
+
+def training_pages(paper: str, config: str) -> dict[str, str]:
+    """The page about all such runs of a paper, in Markdown by its name; none without runs.
+
+    Args:
+        paper: as in `docs/results/repro`.
+        config: that its example names.
+    """
+    curves = read_loss_curves(_RECORDS / paper)
+    return {"training": _PAGE.format(paper=paper, config=config, table=curves_table(curves))} if curves else {}
+
+
+def training_figures(paper: str) -> dict[str, Callable[[], Figure]]:
+    """What draws the figure of that page, by its name."""
+    curves = read_loss_curves(_RECORDS / paper)
+    return {"training": partial(curves_figure, curves)} if curves else {}
 
 
 def curves_table(curves: Sequence[LossCurves]) -> str:
