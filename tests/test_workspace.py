@@ -156,6 +156,18 @@ def noxfile() -> ModuleType:
     return module
 
 
+def test_races_of_cublas_are_not_ours() -> None:
+    report = (
+        "========= Error: Race reported between Read access at {0}+0xaf0\n"
+        "=========     and Write access at {0}+0x2eb0 [8 hazards]\n"
+    )
+    cublas, ours = "nvjet_sm90_hsh_64x8_64x16_1x1_h_bz_splitK_NNT", "_additive_fwd_kernel"
+    summary = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    races = noxfile().races
+    assert races(report.format(cublas) + summary) == []
+    assert races(report.format(cublas) + report.format(ours) + summary) == [ours]
+
+
 def test_sanitize_knows_its_tests() -> None:
     wanted = noxfile().sanitized()
     command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", "-m", "gpu", *wanted]
