@@ -29,7 +29,7 @@ _PAGE = """
 
 ```bash
 nox -s "reproduce({paper})" -- {config} --seed 0 1 2 --backend torch triton --jobs 6 \\
-    --cfg-options default_hooks.logger.interval=10
+   {options} --cfg-options default_hooks.logger.interval=10
 ```
 
 The same configs with `backend="torch"` and `backend="triton"`, the same seeds for both: first weights and data order
@@ -138,15 +138,17 @@ def _read_losses(path: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
 
 
-def training_pages(paper: str, config: str) -> dict[str, str]:
+def training_pages(paper: str, config: str, options: str = "") -> dict[str, str]:
     """The page about all such runs of a paper, in Markdown by its name; none without runs.
 
     Args:
         paper: as in `docs/results/repro`.
-        config: that its example names.
+        config, options: of the example, the latter with a space before each.
     """
     curves = read_loss_curves(_RECORDS / paper)
-    return {"training": _PAGE.format(paper=paper, config=config, table=curves_table(curves))} if curves else {}
+    if not curves:
+        return {}
+    return {"training": _PAGE.format(paper=paper, config=config, options=options, table=curves_table(curves))}
 
 
 def training_figures(paper: str) -> dict[str, Callable[[], Figure]]:

@@ -15,7 +15,7 @@ _PAPER = "swiftformer"
 
 def pages() -> Mapping[str, str]:
     """Markdown by name of the page."""
-    return training_pages(_PAPER, "swiftformer-xs_1xb64_digits")
+    return training_pages(_PAPER, "swiftformer-xs_1xb64_digits", " --amp")
 
 
 def figures() -> Mapping[str, Callable[[], Figure]]:
