@@ -197,6 +197,10 @@ class _Sweep(AttentionProblem):
         return {**super().facts(), "axis": self.axis}
 
 
+_WITH_FLEX = (96, 256)
+"""Sides of the image at which FlexAttention stands beside: core's suite has it, on the same patterns, at the others."""
+
+
 def window_cases() -> Iterator[Case]:
     """Windows: true squares by every way there is, and as many tokens on the curve (HWA)."""
     for side, window in ((56, 7), (64, 8), (96, 16), (128, 16), (256, 16)):
@@ -209,7 +213,7 @@ def window_cases() -> Iterator[Case]:
             attention_provider("sdpa-window-order", partial(windowed, fused=True), order="window", tile=window),
             _named("eager-wsa", EAGER_WINDOWS),
         ]
-        if side == 96:  # the paper's own comparison; core's suite has the other sizes
+        if side in _WITH_FLEX:
             providers += [_named("flex-wsa", FLEX), attention_provider("flex-hwa", flex, instead=on_curve)]
         goals = tuple(Goal(mode, "speed-up", 4.0, over="eager-wsa") for mode in MODES)
         yield Case(f"WSA/{window}/{side}", "WSA", squares, tuple(providers), MODES, ours="hwa", goals=goals)
@@ -225,6 +229,8 @@ def slide_cases() -> Iterator[Case]:
             attention_provider("sa", ours),
         ]
         goals = []
+        if side in _WITH_FLEX:
+            providers += [_named("flex-sa", FLEX), attention_provider("flex-hsa", flex, instead=on_curve)]
         if side == 128:  # `NA` has the order at every size
             providers.append(attention_provider("sa-hilbert-order", ours, order="hilbert"))
         if side < 128:  # beyond, unfolded keys and values do not fit: core's H3 takes four images there
@@ -243,7 +249,7 @@ def neighborhood_cases() -> Iterator[Case]:
             attention_provider("na2d", ours),
             attention_provider("na2d-hilbert-order", ours, order="hilbert"),
         ]
-        if side in (96, 256):
+        if side in _WITH_FLEX:
             providers += [_named("flex-na2d", FLEX), attention_provider("flex-hna", flex, instead=on_curve)]
         yield Case(f"NA/{kernel}/{side}", "NA", squares, tuple(providers), MODES, ours="hna")
 
