@@ -428,14 +428,23 @@ def test_ratios_are_taken_within_the_newest_run() -> None:
     ]
 
 
-def test_a_provider_left_out_of_the_newest_run_keeps_its_row_but_is_no_rival() -> None:
-    rows = [row("H1/a/8", "triton", 1.0), row("H1/a/8", "flex", 9.0), row("H1/a/8", "eager", 20.0),
+def test_a_provider_left_out_of_the_newest_run_keeps_its_row_and_is_compared_within_its_own_run() -> None:
+    rows = [row("H1/a/8", "triton", 4.0, when="t0"), row("H1/a/8", "flex", 9.0, when="t0"),
+            row("H1/a/8", "triton", 2.0, commit="0123456789"), row("H1/a/8", "flex", 9.0),
+            row("H1/a/8", "eager", 20.0),
             row("H1/a/8", "triton", 1.0, when="t2"), row("H1/a/8", "eager", 30.0, when="t2")]  # fmt: skip
     (sheet,) = render.newest_sheets(rows)
     ((_, _, verdict),) = render.verdicts(sheet.of("H1"))
-    assert (verdict.met, verdict.text) == (None, "flex: no row in this run")
-    line = "| a/8 | fwd | flex: no row in this run | 1.00 | 9.00 (run 1) | 30.0 | 50 % | 1 | 2 |"
+    assert (verdict.met, verdict.figure) == (True, 4.5)
+    line = "| a/8 | fwd | met: 4.50× flex (asked 2×), both at 0123456 | 1.00 | 9.00 (run 1) | 30.0 | 50 % | 1 | 2 |"
     assert line in render.page(sheet).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_provider_that_no_run_has_beside_ours_is_no_rival() -> None:
+    rows = [row("H1/a/8", "flex", 9.0), row("H1/a/8", "triton", 1.0, when="t2")]
+    (sheet,) = render.newest_sheets(rows)
+    ((_, _, verdict),) = render.verdicts(sheet.of("H1"))
+    assert (verdict.met, verdict.text) == (None, "flex: no row in this run")
 
 
 def test_only_the_newest_provider_of_ours_is_judged() -> None:

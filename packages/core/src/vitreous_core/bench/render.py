@@ -1,7 +1,8 @@
 """`python -m vitreous_core.bench.render`: tables and plots from the rows, the newest run of each case on each device.
 
 Ratios compare rows of one run only. A provider that the newest run left out keeps its row of an older one, marked as
-such. What a reader must know about a run stands in a file `<run>.txt` beside its rows. Nothing here measures anything.
+such, and what is compared with it comes from the newest run that has both. What a reader must know about a run stands
+in a file `<run>.txt` beside its rows. Nothing here measures anything.
 """
 
 from __future__ import annotations
@@ -93,13 +94,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def newest_sheets(rows: Iterable[Row]) -> list[Sheet]:
-    """The newest row of every case, mode and provider, by suite and device."""
+    """The newest row of every case, mode and provider, by suite and device.
+
+    Rows of ours whose run left out something that their goals compare with get `"earlier"`: by its name, the pair of
+    our row and its row in the newest run that has both.
+    """
     newest: dict[tuple[str, str], dict[tuple[str, str, str], Row]] = defaultdict(dict)
+    runs: dict[tuple[str, ...], dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         kept, key = newest[row["suite"], row["device"]], (row["case"], row["mode"], row["provider"])
         if key not in kept or row["time"] >= kept[key]["time"]:
             kept[key] = row
+        runs[row["suite"], row["device"], row["case"], row["mode"]][row["time"]][row["provider"]] = row
+    for sheet, kept in newest.items():
+        for key, row in kept.items():
+            if row["ours"]:
+                kept[key] = {**row, "earlier": _earlier_pairs(row, runs[*sheet, row["case"], row["mode"]])}
     return [Sheet(suite, device, list(kept.values())) for (suite, device), kept in sorted(newest.items())]
+
+
+def _earlier_pairs(ours: Row, runs: Mapping[str, Mapping[str, Row]]) -> dict[str, tuple[Row, Row]]:
+    pairs = {}
+    for over in {goal["over"] for goal in ours["goals"] if goal.get("over")} - set(runs[ours["time"]]):
+        for _, run in sorted(runs.items(), reverse=True):
+            mine = our_row(list(run.values()))
+            if mine is not None and over in run:
+                pairs[over] = mine, run[over]
+                break
+    return pairs
 
 
 def read_notes(folder: Path, rows: Iterable[Row]) -> dict[str, str]:
@@ -177,7 +199,12 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
         ours = our_row(group)
         if ours is not None:
             rivals = {row["provider"]: row for row in group if row["time"] == ours["time"]}
-            found += [(ours, goal, judge(goal, ours, rivals)) for goal in ours["goals"]]
+            for goal in ours["goals"]:
+                mine, rival = ours.get("earlier", {}).get(goal.get("over"), (ours, None))
+                verdict = judge(goal, mine, rivals if rival is None else {rival["provider"]: rival})
+                if rival is not None:
+                    verdict = replace(verdict, text=f"{verdict.text}, both at {(mine['commit'] or 'unknown')[:7]}")
+                found.append((ours, goal, verdict))
     return found
 
 
