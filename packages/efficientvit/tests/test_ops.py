@@ -342,10 +342,14 @@ def test_refusals_name_every_reason(build: Build, tiny: dict[str, Any]) -> None:
 
 def test_auto_is_what_has_been_seen_to_win(build: Build, tiny: dict[str, Any]) -> None:
     for operator in get_args(Operator):
-        assert choose_backend(operator, "cuda", HALF, 64) == "triton"
-        assert choose_backend(operator, "cuda", SINGLE, 64) == "torch"
-        assert choose_backend(operator, "cpu", HALF, 64) == "torch"
-    assert choose_backend("cascaded_group_attention", "cuda", BRAIN, 384) == "triton"
+        assert choose_backend(operator, "cuda", HALF, 32) == "triton"
+        assert choose_backend(operator, "cuda", SINGLE, 32) == "torch"
+        assert choose_backend(operator, "cpu", HALF, 32) == "torch"
+    assert choose_backend("cascaded_group_attention", "cuda", BRAIN, 384, 16) == "triton"
+    assert choose_backend("halving_convolution", "cuda", HALF, 64) == "torch"
+    chosen = [choose_backend("feed_forward", "cuda", HALF, 384, cells) for cells in (16, 32, 33, None)]
+    assert chosen == ["torch", "torch", "triton", "triton"]
+    assert choose_backend("feed_forward", "cuda", HALF, 256, 1) == "triton"
     model = build(tiny)
     model.backbone.switch_to_deploy()
     assert not [module for module in model.modules() if isinstance(module, FusedAttention | FusedFFN)]

@@ -22,6 +22,9 @@ _LARGEST_KEY_DIM = 64
 _LARGEST_CHANNELS = 512
 _WIDEST_CONVOLUTION = 256
 _WIDEST_TIMED_FEED_FORWARD = 384
+# Where plain layers won when timed, see `choose_backend`.
+_FEW_CELLS, _WIDEST_FEED_FORWARD_OF_FEW = 32, 256
+_WIDEST_WINNING_CONVOLUTION = 32
 
 
 def cascaded_group_attention(x: Tensor, weights: AttentionWeights, *, backend: Backend = "auto") -> Tensor:
@@ -122,24 +125,31 @@ def halving_depthwise(x: Tensor, weights: DepthwiseWeights, *, backend: Backend 
     return contracts.halving_depthwise(x, weights)
 
 
-def choose_backend(operator: Operator, device: torch.device | str, dtype: torch.dtype, channels: int) -> Backend:
+def choose_backend(
+    operator: Operator, device: torch.device | str, dtype: torch.dtype, channels: int, cells: int | None = None
+) -> Backend:
     """What `backend="auto"` runs: `"triton"` on GPUs that can, in half precision, where it has been seen to win.
 
-    That is against the same layers in eager mode, FFNs up to the widest that was timed, the 384 channels of M4's last
-    stage: `docs/results/profiles/efficientvit-tiles.txt`. Compiled, cuBLAS's two products can be faster at that width.
-    Stem and merging were timed as parts of networks only.
+    That is against the same layers in eager mode, at the sizes of M0 and M4 and batches of 1, 256 and 2048 (mark
+    E1-layers of the bench): everywhere but the last convolution of M4's stem, from 64 channels, at any batch, and the
+    FFN of its last stage, 384 channels, for one image, where a single program would read all weights. Wider FFNs were
+    not timed. Compiled, cuBLAS's two products can be faster at 384 channels.
 
     Args:
         operator: by the name of its function.
         device: of the map.
         dtype: of the map.
         channels: of the map.
+        cells: of all images together; None: many.
     """
     device = torch.device(device)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or device_reasons(device):
         return "torch"
-    if operator == "feed_forward" and channels > _WIDEST_TIMED_FEED_FORWARD:
+    if operator == "halving_convolution" and channels > _WIDEST_WINNING_CONVOLUTION:
         return "torch"
+    if operator == "feed_forward" and channels > _WIDEST_FEED_FORWARD_OF_FEW:
+        are_few = cells is not None and cells <= _FEW_CELLS
+        return "torch" if are_few or channels > _WIDEST_TIMED_FEED_FORWARD else "triton"
     return "triton"
 
 
@@ -186,7 +196,8 @@ def check_backend(backend: str) -> None:
 def _resolve(operator: Operator, backend: Backend, x: Tensor, reasons: list[str]) -> Backend:
     check_backend(backend)
     if backend == "auto":
-        backend = "torch" if reasons else choose_backend(operator, x.device, x.dtype, x.shape[1])
+        cells = x.shape[0] * x.shape[2] * x.shape[3]
+        backend = "torch" if reasons else choose_backend(operator, x.device, x.dtype, x.shape[1], cells)
     if backend == "triton":
         reasons = device_reasons(x.device) + dtype_reasons(x.device, x.dtype) + reasons
         if reasons:
