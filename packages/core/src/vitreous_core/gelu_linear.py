@@ -11,9 +11,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .autocast import to_autocast, without_autocast
+from .hooks import has_hooks
+from .linear_casts import LinearCasts, apply_linear
 
 
-def gelu_linear(hidden: Tensor, linear: nn.Module, approximate: str = "none") -> Tensor:
+def gelu_linear(
+    hidden: Tensor, linear: nn.Module, approximate: str = "none", casts: LinearCasts | None = None
+) -> Tensor:
     """`linear(gelu(hidden))` that keeps `hidden` alone for the backward pass, and activates it again there.
 
     Both are the largest tensors of a transformer block; making the activated one again takes one pass over memory, or
@@ -24,6 +28,7 @@ def gelu_linear(hidden: Tensor, linear: nn.Module, approximate: str = "none") ->
         hidden: `[..., C]`, any floating dtype.
         linear: usually `nn.Linear` with C inputs.
         approximate: of `torch.nn.functional.gelu`.
+        casts: of `linear` and other layers, see `cast_linears`.
 
     Returns:
         `[..., outputs]`, in the dtype that `linear` gives, autocast included.
@@ -34,18 +39,12 @@ def gelu_linear(hidden: Tensor, linear: nn.Module, approximate: str = "none") ->
         # By itself a compiler's partitioner keeps whatever a product of the backward pass takes: both.
         return linear(checkpoint(F.gelu, hidden, use_reentrant=False, approximate=approximate))
     if not is_plain or torch.compiler.is_compiling() or not hidden.is_cuda:
-        return linear(F.gelu(hidden, approximate=approximate))
+        return apply_linear(F.gelu(hidden, approximate=approximate), linear, casts)
     hidden = to_autocast(hidden)
-    bias = None if linear.bias is None else linear.bias.to(hidden.dtype)
-    out: Tensor = GeluLinear.apply(hidden, linear.weight.to(hidden.dtype), bias, approximate)
+    weight, bias = (casts and casts.get(linear)) or (linear.weight, linear.bias)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    out: Tensor = GeluLinear.apply(hidden, weight.to(hidden.dtype), bias, approximate)
     return out
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class GeluLinear(torch.autograd.Function):

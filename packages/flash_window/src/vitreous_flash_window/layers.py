@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitreous_core.gelu_linear import has_hooks
+from vitreous_core.hooks import has_hooks
 from vitreous_core.ops.sum_norm import add_branch, sum_norm
 
 LayerConfig = Mapping[str, Any]

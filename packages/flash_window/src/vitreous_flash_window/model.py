@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
-from vitreous_core.gelu_linear import gelu_linear, has_hooks
+from vitreous_core.gelu_linear import gelu_linear
+from vitreous_core.hooks import has_hooks
 from vitreous_core.ops.sum_norm import add_branch
 from vitreous_core.stochastic_depth import branch_factors
 
