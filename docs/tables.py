@@ -178,6 +178,11 @@ def our_figure(origin: dict[str, Any] | None) -> str:
             return side_by_side(measured(origin, providers), providers, "latency_ms_p50", "ms")
         case {"bench": _, "mib": providers}:
             return side_by_side(measured(origin, providers), providers, "peak_mib", "MiB")
+        case {"bench": _, "images_per_second": providers}:
+            return " → ".join(
+                " / ".join(f"{images_per_second(run[name]):,.0f}" for run in measured(origin, providers))
+                for name in providers
+            )
         case {"accuracy": [_, second], "expected": _}:
             comparison = compared(origin)
             return f"{comparison.spread} % on {second.rsplit('_', 1)[1]}" if comparison else "–"
@@ -191,7 +196,7 @@ def hardware(origin: dict[str, Any] | None) -> str:
         case None:
             return "–"
         case {"bench": _}:
-            providers = next(origin[form] for form in ("speed_up", "ms", "mib") if form in origin)
+            providers = next(origin[form] for form in ("speed_up", "ms", "mib", "images_per_second") if form in origin)
             return ", ".join(sorted({row["device"] for run in measured(origin, providers) for row in run.values()}))
         case {"accuracy": _}:
             comparison = compared(origin)
@@ -229,6 +234,11 @@ def compared(origin: dict[str, Any]) -> Comparison | None:
 def side_by_side(runs: Sequence[dict[str, Row]], providers: Sequence[str], field: str, unit: str) -> str:
     """A field of the rows: cases apart by strokes, providers by arrows."""
     return " → ".join(" / ".join(three_digits(run[name][field]) for run in runs) for name in providers) + f" {unit}"
+
+
+def images_per_second(row: Row) -> float:
+    """Of a network's row, to three significant digits."""
+    return float(f"{1000 * row['facts']['batch'] / row['latency_ms_p50']:.3g}")
 
 
 def three_digits(number: float) -> str:

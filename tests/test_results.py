@@ -39,6 +39,8 @@ def test_a_claim_takes_its_figures_from_one_run(monkeypatch: pytest.MonkeyPatch)
     assert tables["our_figure"](origin | {"speed_up": ["slow", "ours"]}) == "4.5×"
     assert tables["our_figure"](origin | {"ms": ["slow", "ours"]}) == "9 → 2 ms"
     assert tables["our_figure"](origin | {"mib": ["ours"]}) == "12 MiB"
+    rows += [row("ours", "4", 3.0, facts={"batch": 128})]
+    assert tables["our_figure"](origin | {"images_per_second": ["ours"]}) == "42,700"
     assert tables["hardware"](origin | {"ms": ["slow"]}) == "GPU"
     with pytest.raises(ValueError, match="no run of core H/a fwd has all of"):
         tables["our_figure"](origin | {"ms": ["slow", "other"]})
