@@ -11,7 +11,7 @@ import torch
 from vitreous_core.bench.measure import matmul_precision
 from vitreous_core.curves import hilbert_order, morton_order
 from vitreous_core.errors import BackendUnsupported
-from vitreous_core.ops.block_sparse_attention import block_sparse_attention
+from vitreous_core.ops.block_sparse_attention import block_sparse_attention, packed_attention
 from vitreous_core.patterns import (
     Neighborhood1d,
     Neighborhood2d,
@@ -29,12 +29,13 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
-def check(problem: Problem) -> dict[str, torch.Tensor]:
+def check(problem: Problem, *, is_packed: bool = False) -> dict[str, torch.Tensor]:
     """One problem: output and every gradient within budget."""
     layout, tensors = problem.layout().to(DEVICE), problem.tensors(DEVICE)
-    truth = problem.run(tensors, layout, "torch", torch.float64)
-    baseline = problem.run(tensors, layout, "torch")
-    actual = problem.run(tensors, layout, "triton")
+    run = problem.run_packed if is_packed else problem.run
+    truth = run(tensors, layout, "torch", torch.float64)
+    baseline = run(tensors, layout, "torch")
+    actual = run(tensors, layout, "triton")
     # A bias gradient is wider than what it is made from: its budget is that of the inputs' precision.
     assert_within_budget(actual, truth, baseline, precision=problem.dtype)
     return actual
@@ -96,10 +97,32 @@ LARGE = {
 }
 
 
+SMALL_PACKED = {
+    "one-pass-transposed": Problem(Window1d(16), 5, 7, hilbert_order(5, 7), 2, 2, 2, 8, SINGLE, "cells", "transposed"),
+    "distance-half": Problem(Neighborhood1d(11), 4, 9, None, 2, 2, 2, 8, HALF, "distance", dropout_p=0.2),
+    "bits-dense-strided": Problem(scattered(70), 7, 10, None, 1, 2, 2, 16, SINGLE, "dense", "strided", scale=-0.4),
+}
+LARGE_PACKED = [
+    "window1d-D64-half", "window1d-256-brain-cells", "window2d-7-shift", "slide1d-81-single-distance", "slide2d-9",
+]  # fmt: skip
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", SMALL)
 def test_interpreted(name):
     check(SMALL[name])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", SMALL_PACKED)
+def test_packed_interpreted(name):
+    check(SMALL_PACKED[name], is_packed=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SMALL_PACKED, *LARGE_PACKED])
+def test_packed_on_gpu(name):
+    check((SMALL_PACKED | LARGE)[name], is_packed=True)
 
 
 @pytest.mark.gpu
@@ -170,6 +193,39 @@ def test_output_keeps_the_strides_of_the_query(where):
     actual = problem.run(tensors, problem.layout().to(DEVICE), "triton")
     assert actual["out"].stride() == tensors["query"].stride()
     assert actual["out"].transpose(1, 2).is_contiguous()
+
+
+@both_devices
+def test_packed_tensors_of_any_kind(where):
+    """Two uses of one, no batch, a gradient of one input only, none at all, another address, an output's own form."""
+    problem = Problem(Window1d(8), 4, 4, None, 2, 2, 2, 8, HALF, "distance")
+    layout, tensors = problem.layout().to(DEVICE), problem.tensors(DEVICE)
+    wide = torch.randn(2, 16, 50, device=DEVICE, dtype=HALF)
+    bias = tensors["bias"].requires_grad_()
+
+    def run(qkv, is_trained=True):
+        table = bias if is_trained else bias.detach()
+        return packed_attention(qkv, layout, num_heads=2, bias=problem.bias_of(table), backend="triton")
+
+    qkv = wide[..., 1:49].contiguous().requires_grad_()
+    out = run(qkv)
+    assert out.shape == (2, 16, 16)
+    assert out.is_contiguous()
+    once = torch.autograd.grad(out.sum(), [qkv, bias])
+    twice = torch.autograd.grad(run(qkv).sum() + run(qkv).sum(), [qkv, bias])
+    for one, two in zip(once, twice, strict=True):
+        assert torch.equal(one + one, two)
+    assert torch.equal(torch.autograd.grad(run(qkv, is_trained=False).sum(), qkv)[0], once[0])
+    assert torch.equal(torch.autograd.grad(run(qkv.detach()).sum(), bias)[0], once[1])
+    with torch.no_grad():
+        assert torch.equal(run(qkv), out)
+    odd = wide[..., 1:49].requires_grad_()  # two bytes from where matrices begin
+    assert torch.equal(run(odd), out)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(run(odd).sum(), [odd, bias]), once, strict=True))
+    none = torch.zeros(0, 16, 48, device=DEVICE, dtype=HALF, requires_grad=True)
+    gradients = torch.autograd.grad(run(none).sum(), [none, bias])
+    assert gradients[0].shape == (0, 16, 48)
+    assert not gradients[1].any()
 
 
 @pytest.mark.interpret

@@ -93,6 +93,33 @@ def test_calls_in_turn_each_get_their_own_answer(where: str, plans: Counter) -> 
 
 
 @pytest.mark.parametrize("where", BOTH)
+def test_packed_calls_in_turn_each_get_their_own_answer(where: str, plans: Counter) -> None:
+    """Of the same size: heads, strides and scale decide, and the dtypes of a dense bias and of a cotangent."""
+    problems = [BASE.with_(strides=strides) for strides in ("contiguous", "transposed", "strided")]
+    problems += [BASE.with_(heads=1, groups=1, head_dim=32), BASE.with_(scale=0.7)]
+    problems += [BASE.with_(bias="dense"), BASE.with_(bias="dense", scale=0.7)] if where == "interpreter" else []
+    cases = [(problem, problem.layout().to(DEVICE), problem.tensors(DEVICE)) for problem in problems]
+    for _ in range(2):
+        for problem, layout, tensors in cases:
+            truth = problem.run_packed(tensors, layout, "torch", torch.float64)
+            assert_is(problem.run_packed(tensors, layout, "triton"), truth, problem.dtype)
+        assert plans.built == 2 * len(problems)
+
+
+@pytest.mark.parametrize("where", BOTH)
+def test_dtypes_of_every_pointer_decide_the_plan(where: str, plans: Counter) -> None:
+    """Code compiled for fp32 pointers would read others wrongly; a planned launch does not look at them."""
+    problem = Problem(Slide1d(5), 3, 4, None, 1, 1, 1, 16, torch.float16, "dense")
+    layout, tensors = problem.layout().to(DEVICE), problem.tensors(DEVICE)
+    for count, dtype in enumerate((torch.float32, torch.float16), 1):
+        own = {**tensors, "bias": tensors["bias"].to(dtype)}
+        truth = problem.run(own, layout, "torch", torch.float64)
+        for _ in range(2):
+            assert_is(problem.run(own, layout, "triton"), truth, torch.float16)
+            assert plans.built == 2 * count
+
+
+@pytest.mark.parametrize("where", BOTH)
 def test_new_values_need_no_new_plan(where: str, plans: Counter) -> None:
     layout = BASE.layout().to(DEVICE)
     for seed in range(2):
@@ -125,7 +152,7 @@ def test_a_table_written_to_is_read_again(where: str, plans: Counter) -> None:
 
 def test_a_schedule_is_flattened_once_and_not_kept() -> None:
     schedule = BASE.layout().schedule
-    rest = (torch.float16, 16, 1, contracts.CELL_BIAS, (3, 4, 1, 1, 7, 17))
+    rest = (torch.float16, 16, 1, True)
     flat = contracts._remembered_schedule(schedule, *rest)
     assert contracts._remembered_schedule(schedule, *rest) is flat
     assert contracts._remembered_schedule(schedule, torch.float32, *rest[1:]) is not flat

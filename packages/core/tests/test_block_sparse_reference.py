@@ -15,6 +15,7 @@ from vitreous_core.ops.block_sparse_attention import (
     RelativeBias2d,
     block_sparse_attention,
     choose_backend,
+    packed_attention,
 )
 from vitreous_core.ops.block_sparse_attention.dropout import keep_mask, philox_words
 from vitreous_core.patterns import (
@@ -179,8 +180,68 @@ def test_empty_batch():
     assert out.shape == (0, 2, 16, 8)
 
 
+@pytest.mark.parametrize("backend", ["torch", "flex"])
+def test_packed_is_the_same_attention(backend):
+    problem = Problem(Neighborhood2d(3), 5, 7, hilbert_order(5, 7), 2, 3, 3, 8, torch.float32, "cells")
+    layout, tensors = problem.layout(), problem.tensors()
+    apart = problem.run(tensors, layout, "torch")
+    if backend == "torch":
+        packed = problem.run_packed(tensors, layout, "torch")
+        assert packed.keys() == apart.keys()
+    else:
+        qkv = torch.cat([tensors[name].transpose(1, 2).flatten(2) for name in ("query", "key", "value")], 2)
+        bias = problem.bias_of(tensors["bias"])
+        out = packed_attention(qkv, layout, num_heads=3, bias=bias, backend="flex")
+        packed = {"out": out.unflatten(2, (3, 8)).transpose(1, 2)}
+    for name, result in packed.items():
+        # Measured 1e-7 (fp32 rounding).
+        assert relative_error(result, apart[name]) < 1e-6
+
+
+def test_packed_keeps_dropout_autocast_and_empty_batches():
+    layout, qkv = Window1d(8).layout(4, 4), torch.randn(2, 16, 48)
+    query, key, value = qkv.view(2, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    dropout = {"dropout_p": 0.5, "dropout_seed": 3}
+    out = packed_attention(qkv, layout, num_heads=2, backend="torch", **dropout)
+    apart = block_sparse_attention(query, key, value, layout, backend="torch", **dropout)
+    assert torch.equal(out, apart.transpose(1, 2).flatten(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed_attention(qkv, layout, num_heads=2, backend="torch").dtype == torch.bfloat16
+    assert packed_attention(qkv[:0], layout, num_heads=2, backend="torch").shape == (0, 16, 16)
+
+
 LAYOUT = Window1d(4).layout(4, 4)
 Q = torch.randn(1, 2, 16, 8)
+QKV = torch.randn(1, 16, 48)
+
+
+def packed(qkv=QKV, layout=LAYOUT, num_heads=2, backend="triton", **settings):
+    return packed_attention(qkv, layout, num_heads=num_heads, backend=backend, **settings)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: packed(backend="auto"), ValueError, "backend must be one of"),
+        (lambda: packed([QKV]), TypeError, "qkv must be a tensor; got list"),
+        (lambda: packed(QKV[0]), ValueError, r"qkv must have shape \[B, L, 3 \* C\]"),
+        (lambda: packed(QKV.long()), TypeError, "qkv must be floating point"),
+        (lambda: packed(num_heads=5), ValueError, r"3 \* num_heads = 15 times the head dimension; got 48"),
+        (lambda: packed(num_heads=0), ValueError, "num_heads"),
+        (lambda: packed(num_heads=2.0), TypeError, "num_heads must be an integer"),
+        (lambda: packed(QKV[..., :0]), ValueError, "got 0"),
+        (lambda: packed(layout=Window1d(4).layout(4, 5)), ValueError, "layout must be of the 16 tokens"),
+        (lambda: packed(layout=None), TypeError, "layout must be a BlockLayout"),
+        (lambda: packed(dropout_p=1.0), ValueError, "dropout_p must lie"),
+        (lambda: packed(bias=torch.zeros(3, 16, 16)), ValueError, "bias must have shape"),
+        (lambda: packed(bias=torch.zeros(2, 16, 16, device="meta")), ValueError, "bias must be on the device"),
+        (lambda: packed(QKV.double()), BackendUnsupported, "float64"),
+        (lambda: packed(num_heads=4), BackendUnsupported, "head_dim must be a multiple of 8"),
+    ],
+)
+def test_bad_packed_arguments_are_named(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
 
 
 @pytest.mark.parametrize(

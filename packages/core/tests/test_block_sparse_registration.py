@@ -12,7 +12,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitreous_core.curves import hilbert_order
-from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_sparse_attention, contracts
+from vitreous_core.ops.block_sparse_attention import (
+    RelativeBias2d,
+    block_sparse_attention,
+    contracts,
+    packed_attention,
+)
 from vitreous_core.patterns import Neighborhood2d, Window1d
 from vitreous_core.testing.attention import Problem
 
@@ -23,10 +28,17 @@ BOTH = [
 ]
 
 
-def recorded_calls(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
-    """Arguments with which the public function calls the two operators."""
+def attend(problem: Problem, is_packed: bool) -> None:
+    """Output and every gradient on the kernels."""
+    layout, tensors = problem.layout().to(DEVICE), problem.tensors(DEVICE)
+    (problem.run_packed if is_packed else problem.run)(tensors, layout, "triton")
+
+
+def recorded_calls(problem: Problem, is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
+    """Arguments with which the public function calls the two passes."""
     calls = {}
-    names = ("block_sparse_attention", "block_sparse_attention_backward")
+    name = "packed_block_sparse_attention" if is_packed else "block_sparse_attention"
+    names = (f"{name}_forward", f"{name}_backward")
     operators = {name: getattr(contracts, name) for name in names}
 
     def record(name, operator, *arguments):
@@ -36,21 +48,27 @@ def recorded_calls(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> dict[st
     with monkeypatch.context() as patched:
         for name, operator in operators.items():
             patched.setattr(contracts, name, partial(record, name, operator))
-        problem.run(problem.tensors(DEVICE), problem.layout().to(DEVICE), "triton")
+        attend(problem, is_packed)
     return calls
 
 
 @pytest.mark.parametrize("where", BOTH)
-@pytest.mark.parametrize("bias", ["none", "cells"])
-def test_opcheck(where, bias, monkeypatch):
+@pytest.mark.parametrize(
+    ("bias", "is_packed"),
+    [("none", False), ("cells", False), ("cells", True)],
+    ids=["none", "cells", "cells-packed"],
+)
+def test_opcheck(where, bias, is_packed, monkeypatch):
     problem = Problem(Window1d(8), 4, 4, None, 1, 1, 1, 16, torch.float32, bias, "transposed", dropout_p=0.1)
-    calls = recorded_calls(problem, monkeypatch)
+    calls = recorded_calls(problem, is_packed, monkeypatch)
+    assert len(calls) == 2
     for name, arguments in calls.items():
-        operator = getattr(torch.ops.vitreous, name).default
         arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-        torch.library.opcheck(operator, arguments)
-        if name == "block_sparse_attention":
-            for index in (0, 1, 2, 3):
+        torch.library.opcheck(getattr(torch.ops.vitreous, name).default, arguments)
+        if name.endswith("_forward"):
+            # What autograd goes through takes the same.
+            operator = getattr(torch.ops.vitreous, name.removesuffix("_forward")).default
+            for index in (0, 2) if is_packed else (0, 1, 2, 3):
                 if isinstance(arguments[index], torch.Tensor):
                     arguments[index].requires_grad_()
             torch.library.opcheck(operator, arguments)
@@ -69,46 +87,57 @@ class CalledOperators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("where", BOTH)
-def test_the_backward_pass_is_one_operator(where):
-    """Autograd would fill in zeros for the outputs that have no gradient, a launch each."""
+@pytest.mark.parametrize("is_packed", [False, True], ids=["apart", "packed"])
+def test_each_pass_is_one_operator(where, is_packed):
+    """Copies and fills around it would cost a launch each."""
     problem = Problem(Window1d(8), 4, 4, None, 1, 1, 1, 16, torch.float32, "cells")
     tensors = problem.tensors(DEVICE)
-    leaves = [tensors[name].requires_grad_() for name in ("query", "key", "value")]
     table = torch.randn(49, 1, device=DEVICE, requires_grad=True)
-    layout = problem.layout().to(DEVICE)
-    out = block_sparse_attention(*leaves, layout, bias=RelativeBias2d(table, 4, 4), backend="triton")
+    layout, bias = problem.layout().to(DEVICE), RelativeBias2d(table, 4, 4)
+    if is_packed:
+        leaves = [torch.randn(1, 16, 48, device=DEVICE, requires_grad=True)]
+        cotangent, prefix = torch.randn(1, 16, 16, device=DEVICE), "vitreous::packed_block_sparse_attention"
+        function = partial(packed_attention, num_heads=1)
+    else:
+        leaves = [tensors[name].requires_grad_() for name in ("query", "key", "value")]
+        cotangent, prefix, function = tensors["cotangent"], "vitreous::block_sparse_attention", block_sparse_attention
     with CalledOperators() as called:
-        torch.autograd.grad(out, [*leaves, table], tensors["cotangent"])
-    assert [name for name in called.names if "detach" not in name] == ["vitreous::block_sparse_attention_backward"]
+        out = function(*leaves, layout, bias=bias, backend="triton")
+        torch.autograd.grad(out, [*leaves, table], cotangent)
+    called = [name for name in called.names if "detach" not in name]
+    assert called == [f"{prefix}_forward", f"{prefix}_backward"]
 
 
 COMPILED_FIRST = """
 import torch
 from vitreous_core.indexing import layout_for, order_tables
-from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_sparse_attention
+from vitreous_core.ops.block_sparse_attention import RelativeBias2d, block_sparse_attention, packed_attention
 from vitreous_core.patterns import Neighborhood2d
 
 device = "{device}"
 
-def attend(q, k, v, table):
+def attend(*inputs):
+    *tensors, table = inputs
     layout = layout_for(Neighborhood2d(3), "hilbert", 4, 5, device)
     order, _ = order_tables("hilbert", 4, 5, device)
-    bias, seed = RelativeBias2d(table, 4, 5, order), q.new_zeros((), dtype=torch.int64)
-    return block_sparse_attention(
-        q, k, v, layout, bias=bias, dropout_p=0.1, dropout_seed=seed, backend="triton"
-    )
+    bias, seed = RelativeBias2d(table, 4, 5, order), table.new_zeros((), dtype=torch.int64)
+    settings = dict(bias=bias, dropout_p=0.1, dropout_seed=seed, backend="triton")
+    if len(tensors) == 1:
+        return packed_attention(*tensors, layout, num_heads=1, **settings)
+    return block_sparse_attention(*tensors, layout, **settings)
 
-def run(function):
+def run(function, shapes):
     torch.manual_seed(0)
-    leaves = [torch.randn(1, 1, 20, 16, device=device, requires_grad=True) for _ in range(3)]
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
     leaves.append(torch.randn(63, 1, device=device, requires_grad=True))
     out = function(*leaves)
     return out, *torch.autograd.grad(out.square().sum(), leaves)
 
 compiled = torch.compile(attend, fullgraph=True, backend="{backend}")
-first = run(compiled)
-for a, b in zip(first, run(attend), strict=True):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
+for shapes in ([(1, 1, 20, 16)] * 3, [(1, 20, 48)]):
+    first = run(compiled, shapes)
+    for a, b in zip(first, run(attend, shapes), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 """
 
 

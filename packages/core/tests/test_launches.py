@@ -1,4 +1,4 @@
-"""Launching the kernels of a pass: what is new compiles first, all launches keep their order."""
+"""Compiling the kernels of a pass: what is new, together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from vitreous_core.kernel_launch import Launch
 from vitreous_core.ops.block_sparse_attention.triton import configs, launches
 
 
@@ -21,59 +22,55 @@ def _no_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
 class Recorder:
     """Stands for a compiled function and writes down what is asked of it."""
 
-    arg_names = ("x_ptr", "length", "BLOCK")
-
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
 
     def warmup(self, *arguments: Any, **settings: Any) -> None:
-        self.log.append(f"compile {self.name} {settings['BLOCK']}")
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments, **settings: self.log.append(f"launch {self.name} {settings['BLOCK']}")
+        self.log.append(f"{self.name} {settings['BLOCK']}")
 
 
-def plan(*launched: tuple[Recorder, int]) -> launches.Pass:
-    return launches.Pass([
-        launches.Launch(kernel, (1,), (3,), {"BLOCK": block, "num_warps": 4, "num_stages": 2})
+class Pointer:
+    """Stands for a tensor on a GPU."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device, self.is_cuda = dtype, torch.device(device), device != "cpu"
+
+
+def compile_new(*launched: tuple[Recorder, int], dtype: torch.dtype = torch.float16, device: str = "cuda:0") -> None:
+    launches.compile_new([
+        (
+            Launch(kernel, (1,), ("x",), (3,), {"BLOCK": block, "num_warps": 4, "num_stages": 2}),
+            (Pointer(dtype, device),),  # type: ignore[arg-type]
+        )
         for kernel, block in launched
     ])  # fmt: skip
 
 
-def run(planned: launches.Pass, dtype: torch.dtype = torch.float16, device: str = "cuda") -> None:
-    planned.run([(torch.empty(1, dtype=dtype),)] * len(planned.launches), torch.device(device))
-
-
-def test_new_kernels_compile_before_the_first_launch_and_only_once() -> None:
+def test_new_kernels_compile_together_and_only_once() -> None:
     log: list[str] = []
-    first, second = Recorder("first", log), Recorder("second", log)
-    pair = plan((first, 1), (second, 2))
-    run(pair)
-    assert log == ["compile first 1", "compile second 2", "launch first 1", "launch second 2"]
-    for again in (pair, plan((first, 1), (second, 2))):
-        log.clear()
-        run(again)
-        assert log == ["launch first 1", "launch second 2"]
+    pair = (Recorder("first", log), 1), (Recorder("second", log), 2)
+    compile_new(*pair)
+    assert log == ["first 1", "second 2"]
+    compile_new(*pair)
+    assert log == ["first 1", "second 2"]
     log.clear()
-    run(plan((first, 1), (second, 3)), torch.float32)
-    assert log == ["compile first 1", "compile second 3", "launch first 1", "launch second 3"]
+    for change in ({"dtype": torch.float32}, {"device": "cuda:1"}):
+        compile_new(*pair, **change)  # type: ignore[arg-type]
+    assert log == 2 * ["first 1", "second 2"]
 
 
 def test_a_lone_new_kernel_compiles_at_its_launch() -> None:
     log: list[str] = []
-    run(plan((Recorder("only", log), 1)))
-    assert log == ["launch only 1"]
+    kernel = Recorder("only", log)
+    compile_new((kernel, 1))
+    compile_new((kernel, 1), (kernel, 2))
+    assert log == []
 
 
 def test_the_interpreter_compiles_nothing() -> None:
     log: list[str] = []
-    run(plan(*((Recorder(name, log), 1) for name in "ab")), device="cpu")
-    assert log == ["launch a 1", "launch b 1"]
-
-
-def test_pointers_must_be_those_of_every_launch() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        plan((Recorder("a", []), 1)).run([], torch.device("cpu"))
+    compile_new((Recorder("a", log), 1), (Recorder("b", log), 1), device="cpu")
+    assert log == []
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])

@@ -31,8 +31,8 @@ from vitreous_core.ops.block_sparse_attention import (
     Bias,
     RelativeBias1d,
     RelativeBias2d,
-    block_sparse_attention,
     choose_backend,
+    packed_attention,
 )
 from vitreous_core.patterns import Neighborhood1d, Pattern, Slide1d, Window1d
 
@@ -122,25 +122,26 @@ class CurveAttention(nn.Module, ABC):
         Returns:
             `[B, height * width, C]`, heads side by side.
         """
+        height, width = size
+        pattern, bias = self.pattern(height, width), self._bias(height, width, qkv.device)
+        backend = self.backend
+        if backend == "auto" and not qkv.is_cuda:
+            backend = "torch"
+        if backend != "torch":
+            tile = self.curve.tile_on(height, width)
+            layout = indexing.layout_for(pattern, self.curve.order, height, width, qkv.device, tile=tile)
+            if backend == "auto":
+                trained = torch.is_grad_enabled() and qkv.requires_grad
+                is_taken = choose_backend(qkv, layout, trained, head_dim=self.head_dim) == "triton"
+                backend = "triton" if is_taken else "torch"
+        if backend != "torch":
+            return packed_attention(
+                qkv, layout, num_heads=self.num_heads, bias=bias, scale=self.scale, backend=backend
+            )  # fmt: skip
         # Unbound along this axis, the three gradients come back as one stack and need no other copy.
         heads = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in heads)
-        return self._mix(query, key, value, *size).transpose(1, 2).flatten(2)
-
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, height: int, width: int) -> Tensor:
-        """Attention of heads `[B, H, L, D]` in curve order by the backend."""
-        pattern, bias = self.pattern(height, width), self._bias(height, width, query.device)
-        if self.backend == "torch" or (self.backend == "auto" and not query.is_cuda):
-            return self._attend(query, key, value, pattern, bias, height, width)
-        tile = self.curve.tile_on(height, width)
-        layout = indexing.layout_for(pattern, self.curve.order, height, width, query.device, tile=tile)
-        backend = self.backend
-        if backend == "auto":
-            trained = torch.is_grad_enabled() and query.requires_grad
-            if choose_backend(query, layout, trained) != "triton":
-                return self._attend(query, key, value, pattern, bias, height, width)
-            backend = "triton"
-        return block_sparse_attention(query, key, value, layout, bias=bias, scale=self.scale, backend=backend)
+        return self._attend(query, key, value, pattern, bias, height, width).transpose(1, 2).flatten(2)
 
     @abstractmethod
     def pattern(self, height: int, width: int) -> Pattern:

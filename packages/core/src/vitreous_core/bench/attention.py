@@ -294,7 +294,7 @@ def ours(problem: AttentionProblem, tensors: Tensors) -> Attend:
     if tensors.table is not None:
         order, _ = order_tables(problem.order, problem.height, problem.width, device, problem.tile)
         bias = RelativeBias2d(tensors.table, problem.height, problem.width, order, problem.bias_extent)
-    reasons = triton.unsupported_reasons(tensors.query, layout, needs_grad=True)
+    reasons = triton.unsupported_reasons(tensors.query, tensors.query.shape[-1], layout, needs_grad=True)
     if reasons:
         raise BackendUnsupported("triton", reasons)
     return partial(block_sparse_attention, layout=layout, bias=bias, backend="triton")

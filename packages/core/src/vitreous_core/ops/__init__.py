@@ -4,7 +4,7 @@ The function stands here under its folder's name; `from vitreous_core.ops.block_
 reaches the rest of the folder.
 """
 
-from .block_sparse_attention import RelativeBias1d, RelativeBias2d, block_sparse_attention
+from .block_sparse_attention import RelativeBias1d, RelativeBias2d, block_sparse_attention, packed_attention
 from .sum_norm import SumNorm, sum_norm
 
-__all__ = ["RelativeBias1d", "RelativeBias2d", "SumNorm", "block_sparse_attention", "sum_norm"]
+__all__ = ["RelativeBias1d", "RelativeBias2d", "SumNorm", "block_sparse_attention", "packed_attention", "sum_norm"]

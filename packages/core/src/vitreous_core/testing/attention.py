@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..curves import Order
 from ..layout import BlockLayout
-from ..ops.block_sparse_attention import Backend, Bias, RelativeBias1d, RelativeBias2d, block_sparse_attention
+from ..ops.block_sparse_attention import (
+    Backend,
+    Bias,
+    RelativeBias1d,
+    RelativeBias2d,
+    block_sparse_attention,
+    packed_attention,
+)
 from ..patterns import Neighborhood2d, Pattern, Slide2d
 
 BiasKind = Literal["none", "cells", "steps", "distance", "dense"]
@@ -135,6 +142,34 @@ class Problem:
         names = list(leaves)
         gradients = torch.autograd.grad(out, [leaves[name] for name in names], cast(tensors["cotangent"]))
         return {"out": out.detach(), **{f"d{name}": g for name, g in zip(names, gradients, strict=True)}}
+
+    def run_packed(
+        self, tensors: dict[str, Tensor], layout: BlockLayout, backend: Backend, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """`run` by `packed_attention`, which needs `groups == heads`; results have the names and shapes of `run`.
+
+        The packed tensor has the memory layout that `strides` says, as far as three sides can have it.
+        """
+        parts = [tensors[name] for name in ("query", "key", "value")]
+        packed = torch.stack([part.transpose(1, 2) for part in parts], dim=2).flatten(2)
+        if self.strides == "strided":
+            packed = _strided(packed.unsqueeze(1)).squeeze(1)
+        elif self.strides == "transposed":
+            packed = packed.transpose(0, 1).contiguous().transpose(0, 1)
+        cast: Callable[[Tensor], Tensor] = (lambda t: t) if dtype is None else (lambda t: t.to(dtype))
+        leaves = {"qkv": packed} | ({"bias": tensors["bias"]} if "bias" in tensors else {})
+        leaves = {name: cast(tensor).detach().requires_grad_() for name, tensor in leaves.items()}
+        out = packed_attention(
+            leaves["qkv"], layout, num_heads=self.heads, bias=self.bias_of(leaves.get("bias")), scale=self.scale,
+            dropout_p=self.dropout_p, dropout_seed=0x1234_5678_9ABC, backend=backend,
+        )  # fmt: skip
+        cotangent = cast(tensors["cotangent"]).transpose(1, 2).flatten(2)
+        dqkv, *rest = torch.autograd.grad(out, list(leaves.values()), cotangent)
+        gradients = dqkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        results = dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
+        if rest:
+            results["dbias"] = rest[0]
+        return {"out": out.detach().unflatten(2, (self.heads, -1)).transpose(1, 2), **results}
 
     def with_(self, **changes: object) -> Problem:
         """A copy with some fields changed."""

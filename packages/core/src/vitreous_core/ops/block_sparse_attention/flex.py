@@ -15,8 +15,10 @@ from .bias import Bias, RelativeBias1d, RelativeBias2d
 _SMALLEST_HEAD_DIM = 16
 
 
-def unsupported_reasons(query: Tensor, layout: BlockLayout, needs_grad: bool, dropout_p: float = 0.0) -> list[str]:
-    """Why FlexAttention cannot run this; empty when it can."""
+def unsupported_reasons(
+    query: Tensor, head_dim: int, layout: BlockLayout, needs_grad: bool, dropout_p: float = 0.0
+) -> list[str]:
+    """Why FlexAttention cannot run this; empty when it can. Of the query, device and dtype count."""
     reasons = []
     if dropout_p > 0:
         reasons.append(f"dropout is not supported; got dropout_p={dropout_p}")
@@ -24,8 +26,8 @@ def unsupported_reasons(query: Tensor, layout: BlockLayout, needs_grad: bool, dr
         reasons.append(f"gradients need a GPU; got tensors on {query.device}")
     if query.dtype == torch.float64:
         reasons.append("float64 is not supported")
-    if query.is_cuda and query.shape[-1] < _SMALLEST_HEAD_DIM:
-        reasons.append(f"head_dim must be at least {_SMALLEST_HEAD_DIM}; got {query.shape[-1]}")
+    if query.is_cuda and head_dim < _SMALLEST_HEAD_DIM:
+        reasons.append(f"head_dim must be at least {_SMALLEST_HEAD_DIM}; got {head_dim}")
     for name, block in (("query_block", layout.query_block), ("key_block", layout.key_block)):
         if query.is_cuda and (block < 16 or block & (block - 1)):
             reasons.append(f"the layout's {name} must be a power of two of at least 16; got {block}")

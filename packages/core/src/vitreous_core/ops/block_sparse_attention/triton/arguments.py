@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ....schedule import IMAGE
 from ..bias import residue_major
-from ..contracts import CELL_BIAS, DENSE_BIAS, DISTANCE_BIAS, NO_BIAS, Facts, Tables
+from ..contracts import CELL_BIAS, DENSE_BIAS, DISTANCE_BIAS, NO_BIAS, Facts, Inputs, Tables, read_numbers
 from ..dropout import threshold
 from .configs import Config, Tile, for_precision
 
@@ -24,32 +25,47 @@ class Signature(NamedTuple):
     """What launches depend on, apart from values: hashable, so that they are planned once.
 
     Args:
-        shape: of the query, `[B, H, L, D]`.
-        kv_heads: heads of key and value.
-        strides: of every input `[B, H or kv_heads, L, D]`, in the order of the kernels.
-        entries: of a relative bias, per head; 0 without one.
+        packed_heads: heads of a packed input; 0 when query, key and value are tensors of their own.
+        shapes: of the packed input `[B, L, 3 * C]`, or of query and key.
+        strides: of the inputs, then of output and cotangent where the pass reads these.
+        dtypes: of the same tensors, of the bias and of the seed; None for what is absent.
+        bias_shape: None without a bias.
         tiles: how many the launches walk over.
         has_position: whether cells become tokens by a table.
         needs_bias: whether the gradient of the bias is asked for.
-        dtype, device: of the query.
+        device: of all tensors.
         precision: of products, see `dot_precision`.
-        facts, tiling, scale, dropout_p: as in `contracts.block_sparse_attention`.
+        walk, bias_numbers, scale, dropout_p: as in `contracts`.
     """
 
-    shape: tuple[int, ...]
-    kv_heads: int
+    packed_heads: int
+    shapes: tuple[torch.Size, ...]
     strides: tuple[tuple[int, ...], ...]
-    entries: int
+    dtypes: tuple[torch.dtype | None, ...]
+    bias_shape: torch.Size | None
     tiles: tuple[int, ...]
     has_position: bool
     needs_bias: bool
-    dtype: torch.dtype
     device: torch.device
     precision: str
-    facts: Facts
-    tiling: tuple[int, ...]
+    walk: str
+    bias_numbers: tuple[int, ...]
     scale: float
     dropout_p: float
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the query, `[B, H, L, D]`."""
+        if not self.packed_heads:
+            batch, heads, length, head_dim = self.shapes[0]
+            return batch, heads, length, head_dim
+        batch, length, channels = self.shapes[0]
+        return batch, self.packed_heads, length, channels // (3 * self.packed_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of key and value."""
+        return self.packed_heads or self.shapes[1][1]
 
     @property
     def group(self) -> int:
@@ -57,9 +73,41 @@ class Signature(NamedTuple):
         return self.shape[1] // self.kv_heads
 
     @property
+    def head_strides(self) -> list[tuple[int, ...]]:
+        """Of query, key and value, then of the others, each as heads `[B, H, L, D]`."""
+        if not self.packed_heads:
+            return list(self.strides)
+        inputs, *others = (self.as_heads(strides) for strides in self.strides)
+        return [inputs, inputs, inputs, *others]
+
+    def as_heads(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Strides of a tensor of the inputs' form, `[B, L, heads and channels]` when packed, as `[B, H, L, D]`."""
+        if not self.packed_heads:
+            return strides
+        batch, token, channel = strides
+        return batch, self.shape[3] * channel, token, channel
+
+    def starts(self, names: tuple[str, str, str], strides: tuple[int, ...]) -> dict[str, int]:
+        """Where query, key and value, or their gradients, begin in their tensors, which have these strides."""
+        third = self.shape[1] * self.shape[3] * strides[2] if self.packed_heads else 0
+        return {name: number * third for number, name in enumerate(names)}
+
+    @property
+    def facts(self) -> Facts:
+        """Of the schedule and the bias."""
+        return read_numbers(self.walk, self.bias_numbers)[0]
+
+    @property
+    def entries(self) -> int:
+        """Of a relative bias, per head; 0 without one."""
+        if self.bias_shape is None or self.facts.bias not in (CELL_BIAS, DISTANCE_BIAS):
+            return 0
+        return self.bias_shape[0 if self.facts.bias == CELL_BIAS else 1]
+
+    @property
     def config(self) -> Config:
         """The tiles of every pass. Whole windows fit one at any precision; others are smaller for some."""
-        tiles = Config(*(Tile(*self.tiling[start : start + 4]) for start in range(0, len(self.tiling), 4)))
+        tiles = read_numbers(self.walk, self.bias_numbers)[1]
         fitted = Config(*(for_precision(tile, self.shape[3], self.precision) for tile in tiles))
         return fitted._replace(closed=tiles.closed)
 
@@ -75,17 +123,19 @@ class Signature(NamedTuple):
 
 
 def signature(
-    query: Tensor, key: Tensor, others: tuple[Tensor, ...], bias: Tensor | None, tiles: tuple[Tensor, ...],
-    tables: Tables, facts: Facts, tiling: tuple[int, ...], scale: float, dropout_p: float, needs_bias: bool = False,
+    inputs: Inputs, others: tuple[Tensor, ...], bias: Tensor | None, seed: Tensor | None, tiles: tuple[Tensor, ...],
+    tables: Tables, walk: str, bias_numbers: tuple[int, ...], scale: float, dropout_p: float, needs_bias: bool = False,
 ) -> Signature:  # fmt: skip
-    """Of a call; `others` are the inputs after query and key whose strides count, `tiles` the tables walked over."""
-    entries = 0
-    if bias is not None and facts.bias in (CELL_BIAS, DISTANCE_BIAS):
-        entries = bias.shape[0 if facts.bias == CELL_BIAS else 1]
+    """Of a call; `others` are output and cotangent where the pass reads them, `tiles` the tables walked over."""
+    query, key, value, heads = inputs
+    tensors = (query, *others) if heads else (query, key, value, *others)
+    apart = (bias, seed)
     return Signature(
-        query.shape, key.shape[1], (query.stride(), key.stride(), *[tensor.stride() for tensor in others]),
-        entries, tuple([table.shape[0] for table in tiles]), tables.position.shape[0] > 0, needs_bias,
-        query.dtype, query.device, dot_precision(query.dtype), facts, tiling, scale, dropout_p,
+        heads, (query.shape,) if heads else (query.shape, key.shape), tuple([tensor.stride() for tensor in tensors]),
+        tuple([None if tensor is None else tensor.dtype for tensor in tensors + apart]),
+        None if bias is None else bias.shape, tuple([table.shape[0] for table in tiles]),
+        tables.position.shape[0] > 0, needs_bias, query.device, dot_precision(query.dtype),
+        walk, bias_numbers, scale, dropout_p,
     )  # fmt: skip
 
 
@@ -117,28 +167,37 @@ def bias_arguments(of: Signature, cells: Tensor | None, tables: Tables) -> BiasA
     return BiasArguments(_GRID_CODES if is_grid else _TABLE_CODES, codes, numbers)
 
 
-def scaled_table(query: Tensor, bias: Tensor | None, facts: Facts, scale: float) -> Tensor:
+def scaled_table(bias: Tensor | None, kind: int, scale: float, like: Tensor) -> Tensor:
     """A relative bias as kernels add it to `q k^T`: over the scale, fp32 `[H, entries]`; empty for any other.
 
     Small, and transposed so that offsets are neighbours in memory.
     """
-    if bias is None or facts.bias in (NO_BIAS, DENSE_BIAS):
-        return query.new_empty(0, dtype=torch.float32)
-    by_head = bias if facts.bias == DISTANCE_BIAS else bias.t()
-    table = bias.new_empty(by_head.shape, dtype=torch.float32)
-    return torch.mul(by_head if bias.dtype == torch.float32 else by_head.float(), 1 / scale, out=table)
+    if bias is None or kind in (NO_BIAS, DENSE_BIAS):
+        return torch.empty(0, dtype=torch.float32, device=like.device)
+    by_head = bias if kind == DISTANCE_BIAS else bias.t()
+    if bias.dtype != torch.float32:
+        by_head = by_head.float()
+    table = torch.empty(*by_head.shape, dtype=torch.float32, device=bias.device)
+    return torch.mul(by_head, _reciprocal(scale), out=table)
 
 
-def bias_pointer(bias: Tensor | None, table: Tensor, facts: Facts) -> Tensor | None:
+@lru_cache(_CACHED_TABLES)
+def _reciprocal(scale: float) -> Tensor:
+    """As a tensor of no dimensions, on the CPU for any device: PyTorch would make one of the number at each product."""
+    with torch.inference_mode(False):
+        return torch.tensor(1 / scale, dtype=torch.float32, device="cpu")
+
+
+def bias_pointer(bias: Tensor | None, table: Tensor, kind: int) -> Tensor | None:
     """What kernels read of a bias: its scaled table, or the dense bias itself."""
-    if bias is None or facts.bias == NO_BIAS:
+    if bias is None or kind == NO_BIAS:
         return None
-    return bias.contiguous() if facts.bias == DENSE_BIAS else table
+    return bias.contiguous() if kind == DENSE_BIAS else table
 
 
-def coded_tensors(cells: Tensor | None, tables: Tables, facts: Facts) -> tuple[Tensor, ...]:
+def coded_tensors(cells: Tensor | None, tables: Tables, kind: int) -> tuple[Tensor, ...]:
     """The tensors whose values `_cell_codes` depends on."""
-    if facts.bias != CELL_BIAS:
+    if kind != CELL_BIAS:
         return ()
     coded = (tables.position, tables.forward_tiles)
     return coded if cells is None else (cells, *coded)
@@ -159,7 +218,7 @@ def _cell_codes(cells: Tensor | None, tables: Tables, facts: Facts, length: int)
             is_grid = bool((codes[tables.position.long() if len(tables.position) else token] == walked).all())
         return codes.int(), is_grid
 
-    return cache.get(coded_tensors(cells, tables, facts), ("codes", cells is None, *facts, length), build)
+    return cache.get(coded_tensors(cells, tables, facts.bias), ("codes", cells is None, *facts, length), build)
 
 
 class TensorCache:

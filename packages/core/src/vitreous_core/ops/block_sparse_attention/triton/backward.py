@@ -9,6 +9,7 @@ itself (windows that fit a tile).
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....kernel_launch import device_of
-from ..contracts import Facts, Tables
+from ....kernel_launch import Launch, LaunchSequence, device_of
+from ..contracts import Inputs, Problem, Tables, read_numbers
 from .arguments import (
+    BiasArguments,
     Signature,
     bias_arguments,
     bias_pointer,
@@ -28,9 +30,8 @@ from .arguments import (
     plans,
     signature,
 )
-from .bias_gradient import BiasGradient, plan_bias_gradient
-from .configs import Config
-from .launches import Launch, Pass
+from .bias_gradient import plan_bias_gradient
+from .launches import compile_new
 from .primitives import (
     LOG2E,
     bias_code,
@@ -273,8 +274,13 @@ def _bsa_bwd_closed_kernel(
     tl.store(row_pointers(base, token, stride_dkl, stride_dkd, offs_d), dk.to(dk_ptr.dtype.element_ty), mask=mask)
 
 
-_CLOSED_ROWS = 4 * Config._fields.index("closed")
-"""Where a flat tiling says whether the one-pass backward is used."""
+_BUFFERS = (
+    "query", "key", "value", "out", "dout", "lse", "work", "dq", "dk", "dv", "bias", "seed", "dbias", *Tables._fields,
+)  # fmt: skip
+"""What the kernels are given at each call; in the work space lies what only they read."""
+
+_ALIGNED = 64
+"""Floats: parts of the work space begin at multiples of it."""
 
 
 class _Plan(NamedTuple):
@@ -282,88 +288,114 @@ class _Plan(NamedTuple):
 
     Args:
         launches: of all its kernels, those of the bias gradient last.
-        is_closed: whether one kernel gives the gradients of query, key and value.
-        codes: of all tokens, for a bias by cells.
-        of_bias: what the gradient of the bias takes, if it is asked for.
+        work_size: floats of the work space.
+        is_zeroed: whether the gradient of the bias must be zero before.
     """
 
-    launches: Pass
-    is_closed: bool
-    codes: Tensor | None
-    of_bias: BiasGradient | None
+    launches: LaunchSequence
+    work_size: int
+    is_zeroed: bool
 
 
-def _plan(of: Signature, gradients: tuple[Tensor, Tensor, Tensor], cells: Tensor | None, tables: Tables) -> _Plan:
+def _plan(of: Signature, gradients: Inputs, cells: Tensor | None, tables: Tables) -> _Plan:
     batch, heads, length, _ = of.shape
-    facts, arguments = of.facts, bias_arguments(of, cells, tables)
-    query, key, value, out, dout = of.strides
-    dq, dk, dv = (gradient.stride() for gradient in gradients)
-    _, by_query, by_key, closed, _ = of.config
-    last = (
-        length, facts.height, facts.width, of.scale, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p)
+    arguments = bias_arguments(of, cells, tables)
+    launches = (_closed if of.config.closed.rows else _by_sides)(of, gradients, arguments)
+    fixed, workspaces, is_zeroed = {"codes": arguments.codes}, {"delta": batch * heads * length}, False
+    if of.needs_bias:
+        of_bias = plan_bias_gradient(of, arguments, tables)
+        launches += of_bias.launches
+        fixed |= of_bias.fixed
+        workspaces |= of_bias.workspaces
+        is_zeroed = not of_bias.is_written
+    starts = of.starts(("query", "key", "value"), of.strides[0])
+    starts |= of.starts(("dq", "dk", "dv"), gradients.query.stride())
+    places = {name: (index, starts.get(name, 0)) for index, name in enumerate(_BUFFERS)}
+    work_size = 0
+    for name, size in workspaces.items():
+        places[name] = _BUFFERS.index("work"), work_size
+        work_size += -(-size // _ALIGNED) * _ALIGNED
+    return _Plan(LaunchSequence(launches, places, fixed, compile_new), work_size, is_zeroed)
+
+
+def _closed(of: Signature, gradients: Inputs, arguments: BiasArguments) -> list[Launch]:
+    """One kernel for the gradients of query, key and value."""
+    batch, heads, *_ = of.shape
+    query, key, value, _, dout = of.head_strides
+    own = [of.as_heads(gradient.stride()) for gradient in gradients[:3]]
+    tile, (tiles,) = of.config.closed, of.tiles
+    numbers = (*query, *key, *value, *dout, *chain(*own), *arguments.numbers, heads, tiles, *_last_numbers(of))
+    pointers = (
+        "query", "key", "value", "dout", "lse", "delta", "dq", "dk", "dv", "bias", "codes", "seed",
+        "closed_tiles", "query_bounds", "position",
     )  # fmt: skip
-    if closed.rows:
-        (tiles,) = of.tiles
-        mask = mask_level(facts.closed_steps, closed.columns)
-        launches = [Launch(
-            _bsa_bwd_closed_kernel, (tiles * batch * heads,),
-            (*query, *key, *value, *dout, *dq, *dk, *dv, *arguments.numbers, heads, tiles, *last),
-            of.constants(closed, arguments, MASK=mask),
-        )]  # fmt: skip
-    else:
-        tiles, key_tiles = of.tiles
-        mask, key_mask = mask_level(facts.dq_steps, by_query.columns), mask_level(facts.dkv_steps, by_key.columns)
-        launches = [Launch(
-            _bsa_bwd_dq_kernel, (tiles * batch * heads,),
-            (*query, *key, *value, *out, *dout, *dq, *arguments.numbers, heads, of.group, tiles, *last),
-            of.constants(by_query, arguments, MASK=mask, BLOCK_N=by_query.columns),
-        ), Launch(
-            _bsa_bwd_dkv_kernel, (key_tiles * batch * of.kv_heads,),
-            (*query, *key, *value, *dout, *dk, *dv, *arguments.numbers, heads, key_tiles, *last),
-            of.constants(by_key, arguments, MASK=key_mask, BLOCK_N=by_key.columns, GROUP=of.group),
-        )]  # fmt: skip
-    of_bias = plan_bias_gradient(of, arguments, tables) if of.needs_bias else None
-    return _Plan(Pass([*launches, *(of_bias.launches if of_bias else ())]), closed.rows > 0, arguments.codes, of_bias)
+    constants = of.constants(tile, arguments, MASK=mask_level(of.facts.closed_steps, tile.columns))
+    return [Launch(_bsa_bwd_closed_kernel, (tiles * batch * heads,), pointers, numbers, constants)]
+
+
+def _by_sides(of: Signature, gradients: Inputs, arguments: BiasArguments) -> list[Launch]:
+    """A kernel that walks over queries and one that walks over keys."""
+    batch, heads, *_ = of.shape
+    query, key, value, out, dout = of.head_strides
+    dq, dk, dv = (of.as_heads(gradient.stride()) for gradient in gradients[:3])
+    by_query, by_key, (tiles, key_tiles) = of.config.dq, of.config.dkv, of.tiles
+    mask, key_mask = mask_level(of.facts.dq_steps, by_query.columns), mask_level(of.facts.dkv_steps, by_key.columns)
+    last = _last_numbers(of)
+    return [Launch(
+        _bsa_bwd_dq_kernel, (tiles * batch * heads,),
+        (
+            "query", "key", "value", "out", "dout", "lse", "delta", "dq", "bias", "codes", "seed",
+            "dq_tiles", "query_bounds", "query_bits", "position",
+        ),
+        (*query, *key, *value, *out, *dout, *dq, *arguments.numbers, heads, of.group, tiles, *last),
+        of.constants(by_query, arguments, MASK=mask, BLOCK_N=by_query.columns),
+    ), Launch(
+        _bsa_bwd_dkv_kernel, (key_tiles * batch * of.kv_heads,),
+        (
+            "query", "key", "value", "dout", "lse", "delta", "dk", "dv", "bias", "codes", "seed",
+            "dkv_tiles", "key_bounds", "key_bits", "position",
+        ),
+        (*query, *key, *value, *dout, *dk, *dv, *arguments.numbers, heads, key_tiles, *last),
+        of.constants(by_key, arguments, MASK=key_mask, BLOCK_N=by_key.columns, GROUP=of.group),
+    )]  # fmt: skip
+
+
+def _last_numbers(of: Signature) -> tuple[float, ...]:
+    facts = of.facts
+    return (
+        of.shape[2], facts.height, facts.width, of.scale, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p)
+    )  # fmt: skip
 
 
 def launch_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, table: Tensor,
-    bias: Tensor | None, cells: Tensor | None, seed: Tensor | None, tables: Tables, facts: Facts,
-    tiling: tuple[int, ...], scale: float, dropout_p: float, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate and launch; see `contracts.block_sparse_attention_backward`."""
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, table: Tensor, bias: Tensor | None, problem: Problem,
+    gradients: Inputs, needs_bias: bool,
+) -> Tensor:  # fmt: skip
+    """Fill `gradients`; that of the bias is returned, see `contracts.block_sparse_attention_backward`."""
+    query, key, value, _ = inputs
+    cells, seed, tables, walk, bias_numbers, scale, dropout_p = problem
+    kind = bias_numbers[0]
     if not query.numel():
-        return dq, dk, dv, torch.zeros_like(bias) if needs_bias else query.new_empty(0)
-    delta = torch.empty_like(lse)
-    tiles = (tables.closed_tiles,) if tiling[_CLOSED_ROWS] else (tables.dq_tiles, tables.dkv_tiles)
+        return torch.zeros_like(bias) if needs_bias else query.new_empty(0)
+    _, config = read_numbers(walk, bias_numbers)
+    tiles = (tables.closed_tiles,) if config.closed.rows else (tables.dq_tiles, tables.dkv_tiles)
     of = signature(
-        query, key, (value, out, dout), bias, tiles, tables, facts, tiling, scale, dropout_p, needs_bias
+        inputs, (out, dout), bias, seed, tiles, tables, walk, bias_numbers, scale, dropout_p, needs_bias
     )  # fmt: skip
-    keyed = coded_tensors(cells, tables, facts)
+    keyed = coded_tensors(cells, tables, kind)
     if needs_bias:
         keyed += (tables.bias_tiles, tables.query_bounds, tables.position)
-    plan = plans.get(keyed, of, lambda: _plan(of, (dq, dk, dv), cells, tables))
+    plan = plans.get(keyed, of, lambda: _plan(of, gradients, cells, tables))
 
-    of_bias = bias_pointer(bias, table, facts), plan.codes, seed
-    if plan.is_closed:
-        pointers = [(
-            query, key, value, dout, lse, delta, dq, dk, dv, *of_bias,
-            tables.closed_tiles, tables.query_bounds, tables.position,
-        )]  # fmt: skip
+    work = torch.empty(plan.work_size, dtype=torch.float32, device=query.device)
+    if needs_bias:
+        new = torch.zeros_like if plan.is_zeroed else torch.empty_like
+        dbias = new(bias, memory_format=torch.contiguous_format)
     else:
-        pointers = [(
-            query, key, value, out, dout, lse, delta, dq, *of_bias,
-            tables.dq_tiles, tables.query_bounds, tables.query_bits, tables.position,
-        ), (
-            query, key, value, dout, lse, delta, dk, dv, *of_bias,
-            tables.dkv_tiles, tables.key_bounds, tables.key_bits, tables.position,
-        )]  # fmt: skip
-    if plan.of_bias is None:
-        dbias = query.new_empty(0)
-    else:
-        dbias, more = plan.of_bias.allocate(bias, (query, key, value, dout, lse, delta), of_bias, tables)
-        pointers += more
+        dbias = torch.empty(0, dtype=query.dtype, device=query.device)
+    buffers = (
+        query, key, value, out, dout, lse, work, *gradients[:3], bias_pointer(bias, table, kind), seed, dbias, *tables
+    )  # fmt: skip
     with device_of(query):
-        plan.launches.run(pointers, query.device)
-    return dq, dk, dv, dbias
+        plan.launches.run(buffers)
+    return dbias

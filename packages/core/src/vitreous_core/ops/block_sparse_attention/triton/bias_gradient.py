@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....kernel_launch import Launch
 from ....schedule import BIT_BLOCK, IMAGE
 from ....schedule import BLOCKS as BLOCKS_GEOMETRY
 from ..contracts import CELL_BIAS, DENSE_BIAS, DISTANCE_BIAS, Facts, Tables
 from .arguments import BiasArguments, Signature, cache, dropout_numbers, mask_level
 from .configs import Tile
-from .launches import Launch, Pointers
 from .primitives import (
     DENSE,
     LOG2E,
@@ -172,46 +172,16 @@ class BiasGradient(NamedTuple):
     """The gradient of a bias, planned.
 
     Args:
-        launches: in their order; heads may take turns.
-        turns: how many.
-        lists: what the kernels walk over.
-        partial_size, folded_size: floats of the workspaces; 0 for one that is not needed.
+        launches: in their order; heads may take turns, which follow each other on the stream and share work space.
+        fixed: what the kernels walk over, by name.
+        workspaces: floats by name.
         is_written: whether the kernels write all of the gradient; it must be zero before otherwise.
     """
 
-    launches: tuple[Launch, ...]
-    turns: int
-    lists: BiasLists
-    partial_size: int
-    folded_size: int
+    launches: list[Launch]
+    fixed: dict[str, Tensor]
+    workspaces: dict[str, int]
     is_written: bool
-
-    def allocate(
-        self, bias: Tensor, inputs: tuple[Tensor, ...], of_bias: tuple[Tensor | None, ...], tables: Tables
-    ) -> tuple[Tensor, list[Pointers]]:
-        """The gradient, in the bias's own shape and dtype, and the pointers of the launches that leave it there.
-
-        Args:
-            bias: of the operator.
-            inputs: query, key, value, cotangent, log-sum-exp, and `delta` of the kernels before.
-            of_bias: table, codes and seed as those kernels take them.
-            tables: of the schedule.
-        """
-        new = torch.empty_like if self.is_written else torch.zeros_like
-        gradient, lists = new(bias, memory_format=torch.contiguous_format), self.lists
-        partial = inputs[0].new_empty(self.partial_size, dtype=torch.float32) if self.partial_size else gradient
-        pointers = [(
-            *inputs, partial, *of_bias, lists.items, lists.members,
-            tables.bias_tiles, tables.query_bounds, tables.query_bits, tables.position,
-        )]  # fmt: skip
-        if self.partial_size:
-            folded = partial
-            if self.folded_size:
-                folded = partial.new_empty(self.folded_size)
-                pointers.append((partial, folded, lists.first_item))
-            pointers.append((folded, lists.slots, lists.first_slot, lists.entries, gradient))
-        # Turns follow each other on the stream and share their workspace.
-        return gradient, pointers * self.turns
 
 
 def plan_bias_gradient(of: Signature, arguments: BiasArguments, tables: Tables) -> BiasGradient:
@@ -229,7 +199,12 @@ def plan_bias_gradient(of: Signature, arguments: BiasArguments, tables: Tables) 
         tile, arguments, MASK=mask_level(facts.bias_steps, tile.columns), BLOCK_N=tile.columns
     )  # fmt: skip
     stride_entry, stride_head = (heads, 1) if facts.bias == CELL_BIAS else (1, of.entries)
-    query, key, value, _, dout = of.strides
+    query, key, value, _, dout = of.head_strides
+    partial, folded = "dbias" if is_dense else "partial", "folded" if is_folded else "partial"
+    pointers = (
+        "query", "key", "value", "dout", "lse", "delta", partial, "bias", "codes", "seed",
+        "items", "members", "bias_tiles", "query_bounds", "query_bits", "position",
+    )  # fmt: skip
     launches = []
     for first_head in range(0, heads if items else 0, turn):
         launched = min(turn, heads - first_head)
@@ -237,26 +212,26 @@ def plan_bias_gradient(of: Signature, arguments: BiasArguments, tables: Tables) 
             *query, *key, *value, *dout, *arguments.numbers, first_head, launched, batch, splits, heads, of.group,
             items, length, facts.height, facts.width, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p),
         )  # fmt: skip
-        launches.append(Launch(_bsa_bwd_bias_kernel, (items * launched * splits,), numbers, constants))
+        launches.append(Launch(_bsa_bwd_bias_kernel, (items * launched * splits,), pointers, numbers, constants))
         if is_folded:
             launches.append(Launch(
-                _bsa_bias_fold_kernel, (places * launched, slots // 512), (splits, launched),
+                _bsa_bias_fold_kernel, (places * launched, slots // 512),
+                (partial, folded, "first_item"), (splits, launched),
                 {"SLOTS": slots, "BLOCK": 512, "num_warps": 4, "num_stages": 1},
             ))  # fmt: skip
         if not is_dense:
             launches.append(Launch(
                 _bsa_bias_sum_kernel, (len(lists.entries) - 1, launched),
+                (folded, "slots", "first_slot", "entries", "dbias"),
                 (first_head, launched, stride_entry, stride_head),
                 {"SLOTS": slots, "BLOCK": 128, "num_warps": 1, "num_stages": 1},
             ))  # fmt: skip
-    return BiasGradient(
-        tuple(launches),
-        turns=len(range(0, heads if items else 0, turn)),
-        lists=lists,
-        partial_size=0 if is_dense else splits * turn * items * slots,
-        folded_size=places * turn * slots if is_folded else 0,
-        is_written=len(lists.entries) > 1,
-    )
+    workspaces = {} if is_dense else {"partial": splits * turn * items * slots}
+    if is_folded:
+        workspaces["folded"] = places * turn * slots
+    fixed = lists._asdict()
+    del fixed["steps"]
+    return BiasGradient(launches, fixed, workspaces, is_written=len(lists.entries) > 1)
 
 
 class BiasLists(NamedTuple):

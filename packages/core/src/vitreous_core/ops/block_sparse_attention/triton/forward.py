@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....kernel_launch import device_of, launch_kernel
-from ..contracts import Facts, Tables
+from ....kernel_launch import Launch, LaunchSequence, device_of
+from ..contracts import Inputs, Problem, Tables
 from .arguments import (
     Signature,
     bias_arguments,
@@ -22,7 +24,6 @@ from .arguments import (
     scaled_table,
     signature,
 )
-from .launches import Launch
 from .primitives import (
     HIDDEN,
     LOG2E,
@@ -120,37 +121,50 @@ def _bsa_fwd_kernel(
     tl.store(lse_ptr + batch_head.to(tl.int64) * length + query_token, lse, mask=is_row)
 
 
-def _plan(of: Signature, out: Tensor, cells: Tensor | None, tables: Tables) -> tuple[Launch, Tensor | None]:
-    """The launch, and the codes of all tokens for a bias by cells."""
+_BUFFERS = ("query", "key", "value", "out", "lse", "bias", "seed", "tiles", "bounds", "bits", "position")
+"""What the kernel is given at each call."""
+
+
+def _plan(of: Signature, cells: Tensor | None, tables: Tables) -> LaunchSequence:
     batch, heads, length, _ = of.shape
-    bias, tile, (tiles,) = bias_arguments(of, cells, tables), of.config.forward, of.tiles
-    strides = [stride for strides in (*of.strides, out.stride()) for stride in strides]
+    facts, bias, tile, (tiles,) = of.facts, bias_arguments(of, cells, tables), of.config.forward, of.tiles
     numbers = (
-        *strides, *bias.numbers, heads, of.group, tiles, length, of.facts.height, of.facts.width,
-        of.scale * LOG2E.value, *dropout_numbers(of.dropout_p),
+        *chain.from_iterable(of.head_strides), *bias.numbers, heads, of.group, tiles, length, facts.height,
+        facts.width, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p),
     )  # fmt: skip
-    mask = mask_level(of.facts.forward_steps, tile.columns)
+    mask = mask_level(facts.forward_steps, tile.columns)
     constants = of.constants(tile, bias, MASK=mask, BLOCK_N=tile.columns)
-    return Launch(_bsa_fwd_kernel, (tiles * batch * heads,), numbers, constants), bias.codes
+    pointers = (
+        "query", "key", "value", "out", "lse", "bias", "codes", "seed", "tiles", "bounds", "bits", "position",
+    )  # fmt: skip
+    launch = Launch(_bsa_fwd_kernel, (tiles * batch * heads,), pointers, numbers, constants)
+    starts = of.starts(("query", "key", "value"), of.strides[0])
+    places = {name: (index, starts.get(name, 0)) for index, name in enumerate(_BUFFERS)}
+    return LaunchSequence([launch], places, {"codes": bias.codes})
 
 
-def launch_forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, cells: Tensor | None, seed: Tensor | None,
-    tables: Tables, facts: Facts, tiling: tuple[int, ...], scale: float, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate and launch; see `contracts.block_sparse_attention`."""
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    table = scaled_table(query, bias, facts, scale)
+def launch_forward(inputs: Inputs, bias: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate and launch; see `contracts.block_sparse_attention_forward`."""
+    query, key, value, packed_heads = inputs
+    cells, seed, tables, walk, bias_numbers, scale, dropout_p = problem
+    kind, device = bias_numbers[0], query.device
+    if packed_heads:
+        batch, length, channels = query.shape
+        out = torch.empty(batch, length, channels // 3, dtype=query.dtype, device=device)
+        lse = torch.empty(batch, packed_heads, length, dtype=torch.float32, device=device)
+    else:
+        out = torch.empty_like(query)
+        lse = torch.empty(*query.shape[:3], dtype=torch.float32, device=device)
+    table = scaled_table(bias, kind, scale, query)
     if not query.numel():
         return out, lse, table
-    tiles = tables.forward_tiles
-    of = signature(query, key, (value,), bias, (tiles,), tables, facts, tiling, scale, dropout_p)
-    launch, codes = plans.get(coded_tensors(cells, tables, facts), of, lambda: _plan(of, out, cells, tables))
-    pointers = (
-        query, key, value, out, lse, bias_pointer(bias, table, facts), codes, seed,
-        tiles, tables.query_bounds, tables.query_bits, tables.position,
+    of = signature(
+        inputs, (out,), bias, seed, (tables.forward_tiles,), tables, walk, bias_numbers, scale, dropout_p
     )  # fmt: skip
+    launches = plans.get(coded_tensors(cells, tables, kind), of, lambda: _plan(of, cells, tables))
     with device_of(query):
-        launch_kernel(launch.kernel, launch.grid, pointers, launch.numbers, launch.constants)
+        launches.run((
+            query, key, value, out, lse, bias_pointer(bias, table, kind), seed, tables.forward_tiles,
+            tables.query_bounds, tables.query_bits, tables.position,
+        ))  # fmt: skip
     return out, lse, table
