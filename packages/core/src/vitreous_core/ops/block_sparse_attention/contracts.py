@@ -8,8 +8,8 @@ applied above them, in `api`, since `torch.library` can only cast to one fixed d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -238,17 +238,15 @@ def _forward(
         bias: table of a relative bias, or a dense bias.
         problem: `Problem`.
     """
-    from .triton.forward import launch_forward
-
-    return launch_forward(Inputs(query, key, value, 0), bias, _problem(*problem))
+    launch_forward, _ = _launchers()
+    return launch_forward(Inputs(query, key, value, 0), bias, *problem)
 
 
 @torch.library.impl(_library, "packed_block_sparse_attention_forward", "CompositeExplicitAutograd")
 def _packed_forward(qkv: Tensor, num_heads: int, bias: Tensor | None, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, L, C]` and the rest of `_forward`, for `qkv` `[B, L, 3 * C]` of any strides."""
-    from .triton.forward import launch_forward
-
-    return launch_forward(Inputs(qkv, qkv, qkv, num_heads), bias, _problem(*problem))
+    launch_forward, _ = _launchers()
+    return launch_forward(Inputs(qkv, qkv, qkv, num_heads), bias, *problem)
 
 
 @torch.library.impl(_library, "block_sparse_attention_backward", "CompositeExplicitAutograd")
@@ -264,14 +262,10 @@ def _backward(
         query, key, value, bias: its inputs.
         rest: `Problem`, and whether the gradient of the bias is asked for.
     """
-    from .triton.backward import launch_backward
-
-    *problem, needs_bias = rest
-    inputs = Inputs(query, key, value, 0)
+    _, launch_backward = _launchers()
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    gradients = Inputs(dq, dk, dv, 0)
-    dbias = launch_backward(dout, inputs, out, lse, table, bias, _problem(*problem), gradients, needs_bias)
-    return dq, dk, dv, dbias
+    inputs, gradients = Inputs(query, key, value, 0), Inputs(dq, dk, dv, 0)
+    return dq, dk, dv, launch_backward(dout, inputs, gradients, out, lse, table, bias, *rest)
 
 
 @torch.library.impl(_library, "packed_block_sparse_attention_backward", "CompositeExplicitAutograd")
@@ -279,21 +273,19 @@ def _packed_backward(
     dout: Tensor, qkv: Tensor, num_heads: int, out: Tensor, lse: Tensor, table: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the packed tensor and the bias; see `_backward`."""
-    from .triton.backward import launch_backward
-
-    *problem, needs_bias = rest
+    _, launch_backward = _launchers()
     dqkv = torch.empty_like(qkv)
     inputs, gradients = Inputs(qkv, qkv, qkv, num_heads), Inputs(dqkv, dqkv, dqkv, num_heads)
-    dbias = launch_backward(dout, inputs, out, lse, table, bias, _problem(*problem), gradients, needs_bias)
-    return dqkv, dbias
+    return dqkv, launch_backward(dout, inputs, gradients, out, lse, table, bias, *rest)
 
 
-def _problem(
-    cells: Tensor | None, seed: Tensor | None, tables: Sequence[Tensor], walk: str, bias_numbers: Sequence[int],
-    scale: float, dropout_p: float,
-) -> Problem:  # fmt: skip
-    """As launchers take it, of what the dispatcher passes on."""
-    return Problem(cells, seed, Tables(*tables), walk, tuple(bias_numbers), scale, dropout_p)
+@cache
+def _launchers() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
+    """Of the kernels; they import Triton, and importing again would take longer than an allocation."""
+    from .triton.backward import launch_backward
+    from .triton.forward import launch_forward
+
+    return launch_forward, launch_backward
 
 
 @torch.library.register_fake("vitreous::block_sparse_attention_forward", lib=_library)

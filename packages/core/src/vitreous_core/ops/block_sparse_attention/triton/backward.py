@@ -9,6 +9,7 @@ itself (windows that fit a tile).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....kernel_launch import Launch, LaunchSequence, device_of
-from ..contracts import Inputs, Problem, Tables, read_numbers
+from ..contracts import Inputs, Tables, read_numbers
 from .arguments import (
     BiasArguments,
     Signature,
@@ -368,12 +369,13 @@ def _last_numbers(of: Signature) -> tuple[float, ...]:
 
 
 def launch_backward(
-    dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, table: Tensor, bias: Tensor | None, problem: Problem,
-    gradients: Inputs, needs_bias: bool,
+    dout: Tensor, inputs: Inputs, gradients: Inputs, out: Tensor, lse: Tensor, table: Tensor, bias: Tensor | None,
+    cells: Tensor | None, seed: Tensor | None, tables: Sequence[Tensor], walk: str, bias_numbers: Sequence[int],
+    scale: float, dropout_p: float, needs_bias: bool,
 ) -> Tensor:  # fmt: skip
     """Fill `gradients`; that of the bias is returned, see `contracts.block_sparse_attention_backward`."""
     query, key, value, _ = inputs
-    cells, seed, tables, walk, bias_numbers, scale, dropout_p = problem
+    tables, bias_numbers = Tables(*tables), tuple(bias_numbers)
     kind = bias_numbers[0]
     if not query.numel():
         return torch.zeros_like(bias) if needs_bias else query.new_empty(0)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....kernel_launch import Launch, LaunchSequence, device_of
-from ..contracts import Inputs, Problem, Tables
+from ..contracts import Inputs, Tables
 from .arguments import (
     Signature,
     bias_arguments,
@@ -125,12 +126,12 @@ _BUFFERS = ("query", "key", "value", "out", "lse", "bias", "seed", "tiles", "bou
 """What the kernel is given at each call."""
 
 
-def _plan(of: Signature, cells: Tensor | None, tables: Tables) -> LaunchSequence:
+def _plan(of: Signature, out: Tensor, cells: Tensor | None, tables: Tables) -> LaunchSequence:
     batch, heads, length, _ = of.shape
     facts, bias, tile, (tiles,) = of.facts, bias_arguments(of, cells, tables), of.config.forward, of.tiles
     numbers = (
-        *chain.from_iterable(of.head_strides), *bias.numbers, heads, of.group, tiles, length, facts.height,
-        facts.width, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p),
+        *chain(*of.head_strides, of.as_heads(out.stride())), *bias.numbers, heads, of.group, tiles, length,
+        facts.height, facts.width, of.scale * LOG2E.value, *dropout_numbers(of.dropout_p),
     )  # fmt: skip
     mask = mask_level(facts.forward_steps, tile.columns)
     constants = of.constants(tile, bias, MASK=mask, BLOCK_N=tile.columns)
@@ -143,11 +144,13 @@ def _plan(of: Signature, cells: Tensor | None, tables: Tables) -> LaunchSequence
     return LaunchSequence([launch], places, {"codes": bias.codes})
 
 
-def launch_forward(inputs: Inputs, bias: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(
+    inputs: Inputs, bias: Tensor | None, cells: Tensor | None, seed: Tensor | None, tables: Sequence[Tensor], walk: str,
+    bias_numbers: Sequence[int], scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Allocate and launch; see `contracts.block_sparse_attention_forward`."""
     query, key, value, packed_heads = inputs
-    cells, seed, tables, walk, bias_numbers, scale, dropout_p = problem
-    kind, device = bias_numbers[0], query.device
+    tables, kind, device = Tables(*tables), bias_numbers[0], query.device
     if packed_heads:
         batch, length, channels = query.shape
         out = torch.empty(batch, length, channels // 3, dtype=query.dtype, device=device)
@@ -159,9 +162,9 @@ def launch_forward(inputs: Inputs, bias: Tensor | None, problem: Problem) -> tup
     if not query.numel():
         return out, lse, table
     of = signature(
-        inputs, (out,), bias, seed, (tables.forward_tiles,), tables, walk, bias_numbers, scale, dropout_p
+        inputs, (), bias, seed, (tables.forward_tiles,), tables, walk, tuple(bias_numbers), scale, dropout_p
     )  # fmt: skip
-    launches = plans.get(coded_tensors(cells, tables, kind), of, lambda: _plan(of, cells, tables))
+    launches = plans.get(coded_tensors(cells, tables, kind), of, lambda: _plan(of, out, cells, tables))
     with device_of(query):
         launches.run((
             query, key, value, out, lse, bias_pointer(bias, table, kind), seed, tables.forward_tiles,
