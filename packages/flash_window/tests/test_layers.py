@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitreous_core.ops.sum_norm import add_branch
 from vitreous_flash_window.layers import (
     DropPath,
+    apply_drop,
     apply_norm,
     drop_rate,
     split_drop,
     sum_and_norm,
 )
-from vitreous_flash_window.model import SwinStage
+from vitreous_flash_window.model import SwinStage, SwinStageV2
 
 
 def norm_and_inputs(draw, dtype, channels=24):
@@ -78,30 +80,105 @@ class TestStochasticDepth:
         assert factor is None
         assert not dropped.any()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_factor_that_is_drawn_already_takes_the_place_of_the_module(self, draw, dtype):
+        branch, factor = draw(8, 3, 4).to(dtype), torch.tensor([0.0, 2.0] * 4)
+        assert apply_drop(DropPath(0.5).eval(), branch) is branch
+        dropped = apply_drop(DropPath(0.5), branch, factor)
+        assert torch.equal(dropped, (branch * factor.view(-1, 1, 1)).to(dtype))
+
     def test_rates(self):
         assert drop_rate(DropPath(0.5)) == 0.5
         assert drop_rate(DropPath(0.5).eval()) == 0.0
         assert drop_rate(nn.Dropout(0.5)) == 0.0
 
-    def test_a_compiled_stage_draws_once_and_leaves_out_images_whole(self, draw):
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("build", [SwinStage, SwinStageV2])
+    def test_a_stage_draws_once_and_leaves_out_images_whole(self, draw, build, compiled):
         torch.manual_seed(0)
-        stage = SwinStage(8, 2, 1, window_size=4, drop_paths=0.5).train()
+        stage = build(8, 2, 1, window_size=4, drop_paths=0.5, block_cfgs={"norm_cfg": None}).train()
         for block in stage.blocks:  # then what is not left out is not zero
             nn.init.ones_(block.ffn.layers[1].bias)
-        drawn = []
-        compiled = torch.compile(
-            stage, fullgraph=True, backend=lambda graph, _: (drawn.extend(find_draws(graph)), graph.forward)[1]
-        )
-        x = draw(1024, 16, 8, dtype=torch.float32)
-        out = compiled(x, (4, 4))
+        x, drawn = draw(1024, 16, 8, dtype=torch.float32), []
+        if compiled:
+            stage.compile(fullgraph=True, backend=lambda graph, _: (drawn.extend(draws(graph)), graph.forward)[1])
+            out = stage(x, (4, 4))
+        else:
+            with Draws(drawn):
+                out = stage(x, (4, 4))
         assert len(drawn) == 1
         unchanged = (out == x).flatten(1).all(1).double().mean().item()
         # All four branches: five standard deviations of so many draws at 1 in 16.
         assert abs(unchanged - 1 / 16) < 5 * (1 / 16 * 15 / 16 / len(x)) ** 0.5
 
 
-def find_draws(graph):
-    return [node for node in graph.graph.nodes if "bernoulli" in str(node.target) or "rand" in str(node.target)]
+def is_draw(name):
+    return "bernoulli" in name or "rand" in name
+
+
+def draws(graph):
+    return [node for node in graph.graph.nodes if is_draw(str(node.target))]
+
+
+class Draws(TorchDispatchMode):
+    """Notes the random operations that run."""
+
+    def __init__(self, drawn):
+        super().__init__()
+        self.drawn = drawn
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if is_draw(func.__name__):
+            self.drawn.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class TestStageOfBlocks:
+    """A stage leaves the last sum of a block to the next block's norm, and calls a block that somebody listens to."""
+
+    @pytest.fixture
+    def stage(self, fill):
+        return fill(SwinStage(8, 3, 1, window_size=4, drop_paths=0.5).double()).train()
+
+    def run(self, stage, x):
+        torch.manual_seed(0)
+        leaf = x.clone().requires_grad_()
+        out = stage(leaf, (4, 4))
+        return out, *torch.autograd.grad(out.square().sum(), [leaf, *stage.parameters()])
+
+    def test_it_is_the_blocks_one_after_another(self, stage, draw):
+        x = draw(4, 16, 8)
+        joined, heard = self.run(stage, x), []
+        for block in stage.blocks[:2]:
+            block.register_forward_hook(lambda module, inputs, output: heard.append(output))
+        for ours, theirs in zip(self.run(stage, x), joined, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert [type(output) for output in heard] == [torch.Tensor] * 2
+        # What is heard is what follows from it.
+        stage.eval()
+        heard.clear()
+        out = stage(x, (4, 4))
+        torch.testing.assert_close(stage.blocks[2](heard[1], (4, 4)), out)
+
+    def test_a_block_that_is_wrapped_is_called(self, stage, draw):
+        class Wrapped(nn.Module):
+            def __init__(self, block):
+                super().__init__()
+                self.block, self.calls = block, 0
+
+            def __getattr__(self, name):
+                return super().__getattr__(name) if name == "block" else getattr(self.block, name)
+
+            def forward(self, *arguments):
+                self.calls += 1
+                return self.block(*arguments)
+
+        x = draw(4, 16, 8)
+        expected = self.run(stage, x)
+        stage.blocks[1] = Wrapped(stage.blocks[1])
+        for ours, theirs in zip(self.run(stage, x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert stage.blocks[1].calls == 1
 
 
 @pytest.mark.gpu

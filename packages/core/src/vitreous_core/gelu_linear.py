@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .autocast import to_autocast, without_autocast
 from .hooks import has_hooks
-from .linear_casts import LinearCasts, apply_linear
+from .linear_casts import LinearCasts, apply_linear, weight_and_bias
 
 
 def gelu_linear(
@@ -41,7 +41,7 @@ def gelu_linear(
     if not is_plain or torch.compiler.is_compiling() or not hidden.is_cuda:
         return apply_linear(F.gelu(hidden, approximate=approximate), linear, casts)
     hidden = to_autocast(hidden)
-    weight, bias = (casts and casts.get(linear)) or (linear.weight, linear.bias)
+    weight, bias = weight_and_bias(linear, casts)
     bias = None if bias is None else bias.to(hidden.dtype)
     out: Tensor = GeluLinear.apply(hidden, weight.to(hidden.dtype), bias, approximate)
     return out

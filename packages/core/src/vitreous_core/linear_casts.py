@@ -52,9 +52,17 @@ def cast_linears(*layers: nn.Module) -> LinearCasts | None:
 
 def apply_linear(x: Tensor, layer: nn.Module, casts: LinearCasts | None) -> Tensor:
     """`layer(x)`, from the layer's casts where it has some."""
-    cast = None if casts is None else casts.get(layer)
-    out: Tensor = layer(x) if cast is None else F.linear(x, *cast)
+    out: Tensor = layer(x) if casts is None or layer not in casts else F.linear(x, *casts[layer])
     return out
+
+
+def weight_and_bias(layer: nn.Module, casts: LinearCasts | None) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's casts, or where it has none its parameters."""
+    if casts is not None and layer in casts:
+        return casts[layer]
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
+    return weight, bias
 
 
 def _castable_parameters(layer: nn.Module) -> list[Tensor]:

@@ -47,15 +47,25 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, ...]` to the same shape."""
         factor = self.factor(x)
-        return x if factor is None else (x * factor.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+        return x if factor is None else scale_images(x, factor)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"
 
 
+def scale_images(x: Tensor, factor: Tensor) -> Tensor:
+    """`x` `[B, ...]` with each image times its factor `[B]`, in the dtype of `x`."""
+    return (x * factor.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+
+
 def drop_rate(drop: nn.Module) -> float:
     """The rate at which `drop` leaves out whole images now; zero for other dropout."""
     return drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0
+
+
+def apply_drop(drop: nn.Module, branch: Tensor, factor: Tensor | None = None) -> Tensor:
+    """`drop(branch)`, with the factor `[B]` that stochastic depth puts on its images if that is drawn already."""
+    return drop(branch) if factor is None else scale_images(branch, factor)
 
 
 def split_drop(drop: nn.Module, branch: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from vitreous_core.backbone import stage_indices
 from vitreous_core.gelu_linear import gelu_linear
 from vitreous_core.hooks import has_hooks
+from vitreous_core.linear_casts import LinearCasts, apply_linear, cast_linears
 from vitreous_core.ops.sum_norm import add_branch
 from vitreous_core.stochastic_depth import branch_factors
 
@@ -30,6 +31,7 @@ from .attention import FlashShiftWindowMSA, FlashWindowMSAV2, init_linear
 from .layers import (
     LAYER_NORM,
     LayerConfig,
+    apply_drop,
     apply_norm,
     build_activation,
     build_dropout,
@@ -473,15 +475,16 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor, shape: Shape) -> Tensor:
         """The blocks, without the patch merging, on tokens `[B, height * width, C]`."""
-        factors: list[Tensor | None] = [None] * (2 * len(self.blocks))
-        if torch.compiler.is_compiling():
-            # One draw for all blocks, where compilers make a kernel of each. Else blocks draw, as MMPretrain's do: the
-            # same seed leaves out the same branches.
-            rates = [drop_rate(drop) for block in self.blocks for drop in block.drops]
-            factors = branch_factors(rates, x.shape[0], x.device)  # len() would fix the batch of an exported graph
+        factors = _draw(self.blocks, x)
+        branch = factor = None
         for index, block in enumerate(self.blocks):
-            x = block(x, shape, *factors[2 * index : 2 * index + 2])
-        return x
+            own_factors = factors[2 * index : 2 * index + 2]
+            if _is_called(block):
+                x = block(x if branch is None else add_branch(x, branch, factor), shape, *own_factors)
+                branch = factor = None
+            else:  # its last sum is left to the norm at the beginning of the next block
+                x, branch, factor = block.attend_and_feed(x, branch, factor, shape, *own_factors)
+        return x if branch is None else add_branch(x, branch, factor)
 
 
 class SwinStageV2(nn.Module):
@@ -539,8 +542,9 @@ class SwinStageV2(nn.Module):
 
     def forward(self, x: Tensor, shape: Shape) -> Tensor:
         """The blocks, without the patch merging, on tokens `[B, height * width, C]`."""
-        for block in self.blocks:
-            x = block(x, shape)
+        factors = _draw(self.blocks, x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, shape, *factors[2 * index : 2 * index + 2])
         return x
 
 
@@ -597,12 +601,31 @@ class SwinBlock(nn.Module):
         return _run(self._forward, self.with_cp, x, shape, attn_factor, ffn_factor)
 
     def _forward(self, x: Tensor, shape: Shape, attn_factor: Tensor | None, ffn_factor: Tensor | None) -> Tensor:
-        # Stochastic depth is left to the sums, and the first of them to the norm after it: fewer passes over memory.
-        x, normed = sum_and_norm(self.norm1, x)
-        branch, factor = split_drop(self.attn.drop, self.attn(normed, shape, drop=False), attn_factor)
+        return add_branch(*self.attend_and_feed(x, None, None, shape, attn_factor, ffn_factor))
+
+    def attend_and_feed(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        factor: Tensor | None,
+        shape: Shape,
+        attn_factor: Tensor | None,
+        ffn_factor: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The block between two sums: tokens, and the branch with its factor `[B]` that is still to be added to them.
+
+        Args:
+            x: `[B, height * width, C]`.
+            branch, factor: of the block before, still to be added to `x`; None in the first block.
+            shape: (height, width).
+            attn_factor, ffn_factor: as in `forward`.
+        """
+        casts = cast_linears(*self.attn.linears, *self.ffn.linears)
+        # Stochastic depth is left to the sums, and they to the norms after them: fewer passes over memory.
+        x, normed = sum_and_norm(self.norm1, x, branch, factor)
+        branch, factor = split_drop(self.attn.drop, self.attn(normed, shape, drop=False, casts=casts), attn_factor)
         x, normed = sum_and_norm(self.norm2, x, branch, factor)
-        branch, factor = split_drop(self.ffn.dropout_layer, self.ffn(normed, drop=False), ffn_factor)
-        return add_branch(x, branch, factor)
+        return x, *split_drop(self.ffn.dropout_layer, self.ffn(normed, drop=False, casts=casts), ffn_factor)
 
 
 class SwinBlockV2(nn.Module):
@@ -644,13 +667,23 @@ class SwinBlockV2(nn.Module):
         self.norm2 = build_norm(norm_cfg, embed_dims)
         self.norm3 = build_norm(norm_cfg, embed_dims) if extra_norm else None
 
-    def forward(self, x: Tensor, shape: Shape) -> Tensor:
-        """Tokens `[B, height * width, C]` to the same shape."""
-        return _run(self._forward, self.with_cp, x, shape)
+    @property
+    def drops(self) -> tuple[nn.Module, nn.Module]:
+        """The dropout of both branches."""
+        return self.attn.drop, self.ffn.dropout_layer
 
-    def _forward(self, x: Tensor, shape: Shape) -> Tensor:
-        x = x + apply_norm(self.norm1, self.attn(x, shape))
-        x = x + apply_norm(self.norm2, self.ffn(x))
+    def forward(
+        self, x: Tensor, shape: Shape, attn_factor: Tensor | None = None, ffn_factor: Tensor | None = None
+    ) -> Tensor:
+        """Tokens `[B, height * width, C]` to the same shape; the factors are as in `SwinBlock.forward`."""
+        return _run(self._forward, self.with_cp, x, shape, attn_factor, ffn_factor)
+
+    def _forward(self, x: Tensor, shape: Shape, attn_factor: Tensor | None, ffn_factor: Tensor | None) -> Tensor:
+        casts = cast_linears(*self.attn.linears, *self.ffn.linears)
+        branch = apply_drop(self.attn.drop, self.attn(x, shape, drop=False, casts=casts), attn_factor)
+        x = x + apply_norm(self.norm1, branch)
+        branch = apply_drop(self.ffn.dropout_layer, self.ffn(x, drop=False, casts=casts), ffn_factor)
+        x = x + apply_norm(self.norm2, branch)
         return x if self.norm3 is None else apply_norm(self.norm3, x)
 
 
@@ -686,18 +719,27 @@ class FeedForward(nn.Module):
         self.layers = nn.Sequential(*hidden, init_linear(feedforward_channels, embed_dims), nn.Dropout(ffn_drop))
         self.dropout_layer = build_dropout(dropout_layer)
 
-    def forward(self, x: Tensor, drop: bool = True) -> Tensor:
-        """`[..., C]` to the same shape; without `drop`, `dropout_layer` is left to the caller."""
+    @property
+    def linears(self) -> tuple[nn.Module, ...]:
+        """The layers whose casts `forward` takes."""
+        *hidden, linear, _ = self.layers
+        return (*(layer for layer, _, _ in hidden), linear)
+
+    def forward(self, x: Tensor, drop: bool = True, casts: LinearCasts | None = None) -> Tensor:
+        """`[..., C]` to the same shape.
+
+        Without `drop`, `dropout_layer` is left to the caller; `casts` are of `linears`, see `cast_linears`.
+        """
         *hidden, linear, dropout = self.layers
         for layer, activation, hidden_dropout in hidden[:-1]:
-            x = hidden_dropout(activation(layer(x)))
+            x = hidden_dropout(activation(apply_linear(x, layer, casts)))
         layer, activation, hidden_dropout = hidden[-1]
-        x = layer(x)
+        x = apply_linear(x, layer, casts)
         is_gelu = type(activation) is nn.GELU and not has_hooks(activation)
         if is_gelu and (hidden_dropout.p == 0.0 or not hidden_dropout.training):
-            x = gelu_linear(x, linear, activation.approximate)
+            x = gelu_linear(x, linear, activation.approximate, casts)
         else:
-            x = linear(hidden_dropout(activation(x)))
+            x = apply_linear(hidden_dropout(activation(x)), linear, casts)
         x = dropout(x)
         return self.dropout_layer(x) if drop else x
 
@@ -900,6 +942,20 @@ def _ffn_arguments(embed_dims: int, ffn_ratio: float, drop_path: float) -> dict[
         "feedforward_channels": int(embed_dims * ffn_ratio),
         "dropout_layer": {"type": "DropPath", "drop_prob": drop_path},
     }
+
+
+def _draw(blocks: nn.ModuleList, x: Tensor) -> list[Tensor | None]:
+    """Factors of stochastic depth on both branches of each block, drawn at once.
+
+    MMPretrain draws for each branch by itself: the same seed leaves out other branches there.
+    """
+    rates = [drop_rate(drop) for block in blocks for drop in block.drops]
+    return branch_factors(rates, x.shape[0], x.device)  # len() would fix the batch of an exported graph
+
+
+def _is_called(block: nn.Module) -> bool:
+    """Whether a block of a stage has to be called as a module: recomputed, wrapped, or with somebody listening."""
+    return type(block) is not SwinBlock or block.with_cp or has_hooks(block)
 
 
 def _run(block: Callable[..., Tensor], with_cp: bool, x: Tensor, *arguments: Any) -> Tensor:
