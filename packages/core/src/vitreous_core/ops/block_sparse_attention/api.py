@@ -74,7 +74,7 @@ def block_sparse_attention(
     _check_rest(query, query.shape[1], query.shape[2], layout, bias, dropout_p)
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else float(scale)
-    _check_supported(query, head_dim, layout, _needs_grad(query, key, value, bias=bias), dropout_p, backend)
+    _check_supported(query, head_dim, layout, _needs_grad(query, key, value, bias), dropout_p, backend)
     seed = as_seed(dropout_seed, query.device) if dropout_p > 0 else None
     layout = layout.to(query.device)
     if backend == "triton":
@@ -138,7 +138,7 @@ def packed_attention(
         return out.transpose(1, 2).flatten(2)
     _check_rest(qkv, num_heads, qkv.shape[1], layout, bias, dropout_p)
     head_dim = qkv.shape[2] // (3 * num_heads)
-    _check_supported(qkv, head_dim, layout, _needs_grad(qkv, bias=bias), dropout_p, backend)
+    _check_supported(qkv, head_dim, layout, True, dropout_p, backend)  # the kernels can always differentiate
     seed = as_seed(dropout_seed, qkv.device) if dropout_p > 0 else None
     scale = head_dim**-0.5 if scale is None else float(scale)
     return contracts.packed_attention(qkv, num_heads, layout.to(qkv.device), bias, scale, dropout_p, seed)
@@ -166,11 +166,9 @@ def choose_backend(
     return "torch"
 
 
-def _needs_grad(*tensors: Tensor, bias: Bias | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
+def _needs_grad(query: Tensor, key: Tensor, value: Tensor, bias: Bias | None) -> bool:
     table = bias if bias is None or isinstance(bias, Tensor) else bias.table
-    return any(tensor.requires_grad for tensor in tensors) or (table is not None and table.requires_grad)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, table))
 
 
 def _check_backend(backend: str) -> None:

@@ -258,9 +258,10 @@ plans = TensorCache(_CACHED_PLANS)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    # Inference tensors have no version; they cannot be written to outside inference mode either.
+    # Inference tensors have no version; they cannot be written to outside inference mode either. The address says which
+    # device.
     version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def mask_level(masked: int, columns: int) -> int:
