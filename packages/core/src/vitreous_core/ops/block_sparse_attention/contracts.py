@@ -94,8 +94,8 @@ class Problem(NamedTuple):
         cells: integer `[L]`, image cell of every token, for a bias by cells; None: the token itself.
         seed: int64 `[]`, of the dropout.
         tables: `Tables`.
-        walk: the facts of the schedule and the tiles of a `triton.configs.Config`, as text: a list of as many numbers
-            would take the dispatcher longer than all else.
+        walk: the facts of the schedule and the tiles of a `triton.configs.Config`, as text: the dispatcher takes
+            one thing on where a list has as many as it has numbers.
         bias_numbers: the facts of the bias, which `torch.compile` may know as symbols and cannot write down.
         scale, dropout_p: as in `api.block_sparse_attention`, the scale positive.
     """
@@ -159,7 +159,7 @@ def _flat_schedule(
         schedule.geometry, schedule.height, schedule.width,
         *steps, 0 if closed.masked else closed.row_multiple, 0 if of_bias.masked else of_bias.column_multiple,
     )  # fmt: skip
-    return tables, " ".join([str(number) for group in (facts, *config) for number in group])
+    return tables, " ".join([str(number) for numbers in (facts, *config) for number in numbers])
 
 
 # Of each schedule while it is there. Dynamo traces through `_flat_schedule` once instead.
