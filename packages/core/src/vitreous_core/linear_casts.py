@@ -46,7 +46,7 @@ def cast_linears(*layers: nn.Module) -> LinearCasts | None:
     if not castable or dtype == torch.float32:
         return None
     parameters = [parameter for found in castable.values() for parameter in found]
-    casts = iter(_Cast.apply(dtype, *parameters) if torch.is_grad_enabled() else _cast(parameters, dtype))
+    casts = iter(_Cast.apply(dtype, *parameters) if torch.is_grad_enabled() else cast_together(parameters, dtype))
     return {layer: (next(casts), next(casts) if len(found) == 2 else None) for layer, found in castable.items()}
 
 
@@ -79,7 +79,8 @@ def _castable_parameters(layer: nn.Module) -> list[Tensor]:
     return parameters if is_whole and weight.device.type == _DEVICE else []
 
 
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast_together(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of one dtype in another, in one launch, without gradients."""
     casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(casts, tensors)
     return casts
@@ -91,7 +92,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        casts = _cast([*parameters], dtype)
+        casts = cast_together(parameters, dtype)
         # Else a frozen weight's gradient would be computed for nothing.
         ctx.mark_non_differentiable(*(c for c, p in zip(casts, parameters, strict=True) if not p.requires_grad))
         return tuple(casts)
@@ -100,5 +101,5 @@ class _Cast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)]
-        casts = iter(_cast([grad for grad in wanted if grad is not None], torch.float32))
+        casts = iter(cast_together([grad for grad in wanted if grad is not None], torch.float32))
         return None, *(None if grad is None else next(casts) for grad in wanted)

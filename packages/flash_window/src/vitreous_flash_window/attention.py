@@ -350,12 +350,13 @@ class FlashShiftWindowMSA(nn.Module):
             raise ValueError(
                 f"query must be [B, {height} * {width}, C] for hw_shape = {(height, width)}; got {tuple(query.shape)}"
             )
-        image, shift = query.unflatten(1, (height, width)), self._shift_on(height, width)
+        image, shift = query.unflatten(1, (height, width)), self.shift_on(height, width)
         known = (casts,) if self.linears else ()
         out = self.w_msa.forward_image(image, shift, *known).flatten(1, 2)
         return self.drop(out) if drop else out
 
-    def _shift_on(self, height: int, width: int) -> int:
+    def shift_on(self, height: int, width: int) -> int:
+        """The shift on a map of this size; an error for a map that is too small."""
         if self.pad_small_map or min(height, width) > self.window_size:
             return self.shift_size
         if min(height, width) < self.window_size:

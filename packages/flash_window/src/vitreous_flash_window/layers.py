@@ -85,7 +85,7 @@ def sum_and_norm(
 
     One kernel each way where it is a plain layer norm on a GPU; see `vitreous_core.ops.sum_norm`.
     """
-    if _is_plain(norm) and (branch is None or torch.promote_types(shortcut.dtype, branch.dtype) == shortcut.dtype):
+    if is_plain_norm(norm) and (branch is None or torch.promote_types(shortcut.dtype, branch.dtype) == shortcut.dtype):
         return sum_norm(shortcut, branch, norm.weight, norm.bias, factor=factor, eps=norm.eps)
     total = shortcut if branch is None else add_branch(shortcut, branch, factor)
     return total, norm(total)
@@ -93,14 +93,14 @@ def sum_and_norm(
 
 def apply_norm(norm: nn.Module, x: Tensor, to_linear: bool = False) -> Tensor:
     """The norm of `x`: float32 under autocast as PyTorch has it, or, for a linear layer to take, autocast's dtype."""
-    if not _is_plain(norm) or not x.is_cuda:
+    if not is_plain_norm(norm) or not x.is_cuda:
         return norm(x)
     autocast = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
     dtype = None if to_linear or not autocast else torch.float32
     return sum_norm(x, None, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)[1]
 
 
-def _is_plain(norm: nn.Module) -> bool:
+def is_plain_norm(norm: nn.Module) -> bool:
     """Whether `norm` is a layer norm with both parameters and nobody listens to its calls."""
     if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
         return False

@@ -27,6 +27,7 @@ from vitreous_core.linear_casts import LinearCasts, apply_linear, cast_linears
 from vitreous_core.ops.sum_norm import add_branch
 from vitreous_core.stochastic_depth import branch_factors
 
+from . import block_node
 from .attention import FlashShiftWindowMSA, FlashWindowMSAV2, init_linear
 from .layers import (
     LAYER_NORM,
@@ -620,6 +621,10 @@ class SwinBlock(nn.Module):
             shape: (height, width).
             attn_factor, ffn_factor: as in `forward`.
         """
+        at_once = block_node.run(self, x, branch, factor, shape, attn_factor) if type(self.ffn) is FeedForward else None
+        if at_once is not None:
+            x, branch = at_once
+            return x, *split_drop(self.ffn.dropout_layer, branch, ffn_factor)
         casts = cast_linears(*self.attn.linears, *self.ffn.linears)
         # Stochastic depth is left to the sums, and they to the norms after them: fewer passes over memory.
         x, normed = sum_and_norm(self.norm1, x, branch, factor)
