@@ -24,14 +24,15 @@ def freeze(stage, *names):
 
 def results(monkeypatch, as_node, size, dtype, channels=16, **options):
     """Output, and gradients of tokens and parameters, of a stage of two blocks."""
-    frozen, side = options.pop("frozen", ()), options.pop("window_size", 4)
+    frozen, side, batch = options.pop("frozen", ()), options.pop("window_size", 4), options.pop("batch", 2)
     torch.manual_seed(0)
     stage = SwinStage(channels, 2, channels // 16, window_size=side, drop_paths=0.3, backend="triton", **options)
     for parameter in stage.parameters():
         nn.init.normal_(parameter, 0.0, 0.3)
-    freeze(stage, *frozen) if frozen else None
+    if frozen:
+        freeze(stage, *frozen)
     stage.train().to(DEVICE)
-    leaf = torch.randn(2, size[0] * size[1], channels).to(DEVICE).requires_grad_()
+    leaf = torch.randn(batch, size[0] * size[1], channels).to(DEVICE).requires_grad_()
     nodes = []
     with monkeypatch.context() as patch:
         # The modules' norms run on the kernels in the interpreter too.
@@ -45,6 +46,13 @@ def results(monkeypatch, as_node, size, dtype, channels=16, **options):
     assert len(nodes) >= 2
     assert all((node is not None) == as_node for node in nodes)
     return {"out": out, "tokens": leaf.grad} | {name: p.grad for name, p in stage.named_parameters()}
+
+
+@pytest.mark.interpret
+def test_an_empty_batch(monkeypatch):
+    ours = results(monkeypatch, True, (4, 6), torch.float16, batch=0)
+    assert ours.pop("out").shape == ours.pop("tokens").shape == (0, 24, 16)
+    assert not any(gradient.any() for gradient in ours.values())
 
 
 def assert_bitwise(monkeypatch, *arguments, **options):

@@ -128,10 +128,8 @@ def _run_on_kernels(
 def _parameter_gradients(
     grad: Tensor, inputs: Tensor, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of a linear layer's weight and bias, from the gradient of its output and its inputs, `[B, L, channels]`."""
-    rows = grad.flatten(0, -2)
-    dweight = rows.t() @ inputs.flatten(0, -2) if needs_weight else None
-    return dweight, rows.sum(0) if needs_bias else None
+    """Of a linear layer's weight and bias, from the gradient of its output and its inputs, `[B * L, channels]`."""
+    return grad.t().mm(inputs) if needs_weight else None, grad.sum(0) if needs_bias else None
 
 
 class _Block(torch.autograd.Function):
@@ -160,14 +158,17 @@ class _Block(torch.autograd.Function):
                 linears = cast_together(linears, dtype)
             qkv_weight, qkv_bias, proj_weight, proj_bias, *ffn = linears
             tokens, normed = launch_forward(x, branch, norms[0], norms[1], factor, eps[0], dtype)
-            qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(1, shape)
+            normed = normed.flatten(0, 1)
+            qkv = F.linear(normed, qkv_weight, qkv_bias).view(x.shape[0], *shape, qkv_bias.shape[0])
             # As everywhere, padded tokens are the bias; where nothing is padded they would get a gradient of zeros.
             pad = parameters[6] if shape[0] % numbers[1] or shape[1] % numbers[1] else None
             attended, statistics = _attention(qkv, table, pad, None, None, *numbers)
-            mixed = F.linear(attended.flatten(1, 2), proj_weight, proj_bias)
+            attended = attended.flatten(0, 2)
+            mixed = F.linear(attended, proj_weight, proj_bias).view(x.shape)
             total, fed = launch_forward(tokens, mixed, norms[2], norms[3], attn_factor, eps[1], dtype)
+            fed = fed.flatten(0, 1)
             hidden = F.linear(fed, ffn[0], ffn[1])
-            out = F.linear(F.gelu(hidden, approximate=approximate), ffn[2], ffn[3])
+            out = F.linear(F.gelu(hidden, approximate=approximate), ffn[2], ffn[3]).view(x.shape)
         kept = statistics if statistics.numel() else None
         ctx.save_for_backward(
             tokens, normed, qkv, attended, kept, total, fed, hidden, factor, attn_factor, table, pad, *norms,
@@ -190,23 +191,26 @@ class _Block(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(total, dtype=dtype)
         with torch._C._AutoDispatchBelowAutograd():
+            dout = dout.flatten(0, 1)
             dlast = _parameter_gradients(dout, F.gelu(hidden, approximate=approximate), *needs_linears[6:])
-            dhidden = torch.ops.aten.gelu_backward(dout @ last_weight, hidden, approximate=approximate)
+            dhidden = torch.ops.aten.gelu_backward(dout.mm(last_weight), hidden, approximate=approximate)
             dfirst = _parameter_gradients(dhidden, fed, *needs_linears[4:6])
             dtokens, dmixed, *dnorm2 = launch_backward(
-                dtotal, dhidden @ first_weight, total, norms[2], norms[3], attn_factor, eps[1], dtype
+                dtotal, dhidden.mm(first_weight), total, norms[2], norms[3], attn_factor, eps[1], dtype
             )
-            dproj = _parameter_gradients(dmixed, attended.flatten(1, 2), *needs_linears[2:4])
-            dattended = (dmixed @ proj_weight).view(attended.shape)
-            kept = (None, None) if statistics is None else (attended, statistics)
+            dmixed = dmixed.flatten(0, 1)
+            dproj = _parameter_gradients(dmixed, attended, *needs_linears[2:4])
+            attended_shape = *qkv.shape[:3], attended.shape[1]
+            dattended = dmixed.mm(proj_weight).view(attended_shape)
+            kept = (None, None) if statistics is None else (attended.view(attended_shape), statistics)
             needs_pad = pad is not None and needs_linears[1]
             dqkv, dtable, dpad, _ = _attention_backward(
                 dattended, qkv, *kept, table, pad, None, None, *numbers, needs_table, needs_pad, False
             )
-            dqkv = dqkv.flatten(1, 2)
+            dqkv = dqkv.flatten(0, 2)
             dlinears = [*_parameter_gradients(dqkv, normed, *needs_linears[:2]), *dproj, *dfirst, *dlast]
             dx, dbranch, *dnorm1 = launch_backward(
-                dtokens, dqkv @ qkv_weight, tokens, norms[0], norms[1], factor, eps[0], ctx.branch_dtype
+                dtokens, dqkv.mm(qkv_weight), tokens, norms[0], norms[1], factor, eps[0], ctx.branch_dtype
             )
             given = [gradient for gradient in dlinears if gradient is not None]
             given = iter(cast_together(given, torch.float32) if ctx.is_cast else given)
