@@ -60,9 +60,8 @@ def weight_and_bias(layer: nn.Module, casts: LinearCasts | None) -> tuple[Tensor
     """A linear layer's casts, or where it has none its parameters."""
     if casts is not None and layer in casts:
         return casts[layer]
-    weight: Tensor = layer.weight
-    bias: Tensor | None = layer.bias
-    return weight, bias
+    own: tuple[Any, Any] = layer.weight, layer.bias
+    return own
 
 
 def _castable_parameters(layer: nn.Module) -> list[Tensor]:

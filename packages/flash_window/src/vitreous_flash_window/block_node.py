@@ -154,9 +154,9 @@ class _Block(torch.autograd.Function):
         ctx.settings, ctx.branch_dtype = settings, None if branch is None else branch.dtype
         ctx.is_cast = linears[0].dtype != dtype
         with torch._C._AutoDispatchBelowAutograd():
-            if ctx.is_cast:
-                linears = cast_together(linears, dtype)
-            qkv_weight, qkv_bias, proj_weight, proj_bias, *ffn = linears
+            qkv_weight, qkv_bias, proj_weight, proj_bias, *ffn = (
+                cast_together(linears, dtype) if ctx.is_cast else linears
+            )
             tokens, normed = launch_forward(x, branch, norms[0], norms[1], factor, eps[0], dtype)
             normed = normed.flatten(0, 1)
             qkv = F.linear(normed, qkv_weight, qkv_bias).view(x.shape[0], *shape, qkv_bias.shape[0])
@@ -213,8 +213,8 @@ class _Block(torch.autograd.Function):
                 dtokens, dqkv.mm(qkv_weight), tokens, norms[0], norms[1], factor, eps[0], ctx.branch_dtype
             )
             given = [gradient for gradient in dlinears if gradient is not None]
-            given = iter(cast_together(given, torch.float32) if ctx.is_cast else given)
-            dlinears = [None if gradient is None else next(given) for gradient in dlinears]
+            wide = iter(cast_together(given, torch.float32) if ctx.is_cast else given)
+            dlinears = [None if gradient is None else next(wide) for gradient in dlinears]
             if needs_pad:
                 dlinears[1] = dlinears[1] + dpad
         return None, dx, dbranch, None, None, *dnorm1, *dnorm2, dtable if needs_table else None, *dlinears
