@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitreous_core import indexing, linear_casts
+from vitreous_core import indexing
 from vitreous_core.testing.budget import relative_error
 from vitreous_core.testing.golden import golden_input, golden_path, golden_state, state_sha256
 from vitreous_hilbert_attn import (
@@ -24,7 +24,6 @@ from vitreous_hilbert_attn import (
     NeighborhoodAttention2d,
     NeighborhoodAttentionTransformer,
 )
-from vitreous_hilbert_attn import model as model_module
 from vitreous_hilbert_attn.convert import to_official
 
 HERE = Path(__file__).parent
@@ -274,35 +273,6 @@ def test_autocast_trains(build: Callable) -> None:
     for plain, cast in zip(*results, strict=True):
         # bf16 rounds by 4e-3, on a CPU the tokens too; measured 1e-2 in outputs and 4.3e-2 in gradients.
         assert (cast - plain).norm() < 0.1 * plain.norm()
-
-
-@pytest.mark.parametrize("with_cp", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("build", [small_hwt, small_hnt])
-def test_linear_layers_of_a_block_cast_together_change_nothing(
-    build: Callable, with_cp: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU, with the question for the device answered otherwise; bit by bit what autocast does."""
-    monkeypatch.setattr(linear_casts, "_DEVICE", "cpu")
-    torch.manual_seed(0)
-    backbone = build(with_cp=with_cp).train()
-    images, asked = torch.randn(2, 3, 32, 32), []
-
-    def cast_linears(*layers: nn.Module) -> linear_casts.LinearCasts | None:
-        casts = linear_casts.cast_linears(*layers)
-        asked.append(0 if casts is None else len(casts))
-        return casts
-
-    def step(cast: Callable) -> list[Tensor]:
-        monkeypatch.setattr(model_module, "cast_linears", cast)
-        backbone.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            out = backbone(images)[-1]
-        out.float().square().sum().backward()
-        return [out, *(parameter.grad for parameter in backbone.parameters())]
-
-    together, apart = step(cast_linears), step(lambda *layers: None)
-    assert asked == [4] * (10 if with_cp else 5)  # blocks, or twice as many
-    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
 @each_backbone

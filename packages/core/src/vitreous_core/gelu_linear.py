@@ -12,12 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .autocast import to_autocast, without_autocast
 from .hooks import has_hooks
-from .linear_casts import LinearCasts, apply_linear, weight_and_bias
 
 
-def gelu_linear(
-    hidden: Tensor, linear: nn.Module, approximate: str = "none", casts: LinearCasts | None = None
-) -> Tensor:
+def gelu_linear(hidden: Tensor, linear: nn.Module, approximate: str = "none") -> Tensor:
     """`linear(gelu(hidden))` that keeps `hidden` alone for the backward pass, and activates it again there.
 
     Both are the largest tensors of a transformer block; making the activated one again takes one pass over memory, or
@@ -28,7 +25,6 @@ def gelu_linear(
         hidden: `[..., C]`, any floating dtype.
         linear: usually `nn.Linear` with C inputs.
         approximate: of `torch.nn.functional.gelu`.
-        casts: of `linear` and other layers, see `cast_linears`.
 
     Returns:
         `[..., outputs]`, in the dtype that `linear` gives, autocast included.
@@ -39,11 +35,10 @@ def gelu_linear(
         # By itself a compiler's partitioner keeps whatever a product of the backward pass takes: both.
         return linear(checkpoint(F.gelu, hidden, use_reentrant=False, approximate=approximate))
     if not is_plain or torch.compiler.is_compiling() or not hidden.is_cuda:
-        return apply_linear(F.gelu(hidden, approximate=approximate), linear, casts)
+        return linear(F.gelu(hidden, approximate=approximate))
     hidden = to_autocast(hidden)
-    weight, bias = weight_and_bias(linear, casts)
-    bias = None if bias is None else bias.to(hidden.dtype)
-    out: Tensor = GeluLinear.apply(hidden, weight.to(hidden.dtype), bias, approximate)
+    bias = None if linear.bias is None else linear.bias.to(hidden.dtype)
+    out: Tensor = GeluLinear.apply(hidden, linear.weight.to(hidden.dtype), bias, approximate)
     return out
 
 

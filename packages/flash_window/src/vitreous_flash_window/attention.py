@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous_core.autocast import without_autocast
-from vitreous_core.linear_casts import LinearCasts, apply_linear, cast_linears, weight_and_bias
 
 from .layers import LayerConfig, build_dropout, pair
 from .ops import Backend, shifted_window_attention, window_attention
@@ -55,7 +54,7 @@ class _WindowAttention(nn.Module, ABC):
         self.proj_drop = nn.Dropout(proj_drop)
 
     @abstractmethod
-    def project_in(self, x: Tensor, casts: LinearCasts | None = None) -> Tensor:
+    def project_in(self, x: Tensor) -> Tensor:
         """`[..., C]` to packed queries, keys and values `[..., 3 * C]`."""
 
     @abstractmethod
@@ -70,19 +69,18 @@ class _WindowAttention(nn.Module, ABC):
     def score_factor(self) -> dict[str, Any]:
         """What multiplies the products of queries and keys, as an argument of `shifted_window_attention`."""
 
-    def project_out(self, x: Tensor, casts: LinearCasts | None = None) -> Tensor:
+    def project_out(self, x: Tensor) -> Tensor:
         """Output projection of `[..., C]`, with dropout."""
-        return self.proj_drop(apply_linear(x, self.proj, casts))
+        return self.proj_drop(self.proj(x))
 
     def dropout_p(self) -> float:
         """Probability with which attention weights are dropped now."""
         return self.attn_drop.p if self.training else 0.0
 
-    def forward_image(self, image: Tensor, shift_size: int, casts: LinearCasts | None = None) -> Tensor:
+    def forward_image(self, image: Tensor, shift_size: int) -> Tensor:
         """Attention inside the (shifted) windows of `image` `[B, height, width, C]`, any height and width.
 
         The operation takes the packed queries, keys and values as the projection leaves them: nothing is copied.
-        `casts` are those of both projections, if they are made together with others.
         """
         side, window_width = self.window_size
         if side != window_width:
@@ -90,11 +88,9 @@ class _WindowAttention(nn.Module, ABC):
                 f"window_size must be square on a whole image; got {self.window_size}: cut the windows and call the "
                 "module on them"
             )
-        if casts is None:
-            casts = cast_linears(self.qkv, self.proj)
         is_padded = image.shape[1] % side != 0 or image.shape[2] % side != 0
         out = shifted_window_attention(
-            self.project_in(image, casts),
+            self.project_in(image),
             self.bias_table(),
             num_heads=self.num_heads,
             window_size=side,
@@ -105,7 +101,7 @@ class _WindowAttention(nn.Module, ABC):
             backend=self.backend,
             **self.score_factor(),
         )
-        return self.project_out(out, casts)
+        return self.project_out(out)
 
     def _bias(self) -> Tensor:
         # Summed over all pairs of one offset in the backward pass, hence at least in float32.
@@ -165,8 +161,8 @@ class FlashWindowMSA(_WindowAttention):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=_INIT_STD)
         self._add_layers(qkv_bias, attn_drop, proj_drop)
 
-    def project_in(self, x: Tensor, casts: LinearCasts | None = None) -> Tensor:
-        return apply_linear(x, self.qkv, casts)
+    def project_in(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
 
     def zero_token(self, x: Tensor) -> Tensor | None:
         if type(self.qkv) is nn.Linear:
@@ -247,8 +243,8 @@ class FlashWindowMSAV2(_WindowAttention):
         # The qkv layer itself has no bias, or keys would have one.
         self._add_layers(False, attn_drop, proj_drop)
 
-    def project_in(self, x: Tensor, casts: LinearCasts | None = None) -> Tensor:
-        return F.linear(x, weight_and_bias(self.qkv, casts)[0], self.zero_token(x))
+    def project_in(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qkv.weight, self.zero_token(x))
 
     def zero_token(self, x: Tensor) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:
@@ -330,17 +326,10 @@ class FlashShiftWindowMSA(nn.Module):
             )
         self.drop = build_dropout(dropout_layer)
 
-    @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        """The layers whose casts `forward` takes; none of a `window_msa` from elsewhere, which knows of no casts."""
-        return (self.w_msa.qkv, self.w_msa.proj) if type(self.w_msa) in (FlashWindowMSA, FlashWindowMSAV2) else ()
-
-    def forward(
-        self, query: Tensor, hw_shape: Sequence[int], drop: bool = True, casts: LinearCasts | None = None
-    ) -> Tensor:
+    def forward(self, query: Tensor, hw_shape: Sequence[int], drop: bool = True) -> Tensor:
         """`[B, height * width, C]` and `(height, width)` to `[B, height * width, C]`.
 
-        Without `drop`, `dropout_layer` is left to the caller; `casts` are of `linears`, see `cast_linears`.
+        Without `drop`, `dropout_layer` is left to the caller.
 
         Raises:
             ValueError: when the lengths disagree, or the map is smaller than the window without `pad_small_map`.
@@ -350,9 +339,8 @@ class FlashShiftWindowMSA(nn.Module):
             raise ValueError(
                 f"query must be [B, {height} * {width}, C] for hw_shape = {(height, width)}; got {tuple(query.shape)}"
             )
-        image, shift = query.unflatten(1, (height, width)), self.shift_on(height, width)
-        known = (casts,) if self.linears else ()
-        out = self.w_msa.forward_image(image, shift, *known).flatten(1, 2)
+        out = self.w_msa.forward_image(query.unflatten(1, (height, width)), self.shift_on(height, width))
+        out = out.flatten(1, 2)
         return self.drop(out) if drop else out
 
     def shift_on(self, height: int, width: int) -> int:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from vitreous_core.autocast import autocast_dtype
 from vitreous_core.hooks import has_hooks
-from vitreous_core.linear_casts import cast_together
 from vitreous_core.ops.sum_norm.api import unsupported_reasons
 
 from .attention import FlashShiftWindowMSA, FlashWindowMSA
@@ -125,6 +124,13 @@ def _run_on_kernels(
     return resolve(window.backend, problem) == "triton" and not unsupported_reasons(x, branch, norms[0])
 
 
+def _cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of one dtype in another, by one launch; autocast makes one for each."""
+    casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(casts, tensors)
+    return casts
+
+
 def _parameter_gradients(
     grad: Tensor, inputs: Tensor, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -155,7 +161,7 @@ class _Block(torch.autograd.Function):
         ctx.is_cast = linears[0].dtype != dtype
         with torch._C._AutoDispatchBelowAutograd():
             qkv_weight, qkv_bias, proj_weight, proj_bias, *ffn = (
-                cast_together(linears, dtype) if ctx.is_cast else linears
+                _cast_together(linears, dtype) if ctx.is_cast else linears
             )
             tokens, normed = launch_forward(x, branch, norms[0], norms[1], factor, eps[0], dtype)
             normed = normed.flatten(0, 1)
@@ -213,7 +219,7 @@ class _Block(torch.autograd.Function):
                 dtokens, dqkv.mm(qkv_weight), tokens, norms[0], norms[1], factor, eps[0], ctx.branch_dtype
             )
             given = [gradient for gradient in dlinears if gradient is not None]
-            wide = iter(cast_together(given, torch.float32) if ctx.is_cast else given)
+            wide = iter(_cast_together(given, torch.float32) if ctx.is_cast else given)
             dlinears = [None if gradient is None else next(wide) for gradient in dlinears]
             if needs_pad:
                 dlinears[1] = dlinears[1] + dpad

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from vitreous_core.backbone import stage_indices
 from vitreous_core.gelu_linear import gelu_linear
 from vitreous_core.hooks import has_hooks
-from vitreous_core.linear_casts import LinearCasts, apply_linear, cast_linears
 from vitreous_core.ops.sum_norm import add_branch
 from vitreous_core.stochastic_depth import branch_factors
 
@@ -625,12 +624,11 @@ class SwinBlock(nn.Module):
         if at_once is not None:
             x, branch = at_once
             return x, *split_drop(self.ffn.dropout_layer, branch, ffn_factor)
-        casts = cast_linears(*self.attn.linears, *self.ffn.linears)
         # Stochastic depth is left to the sums, and they to the norms after them: fewer passes over memory.
         x, normed = sum_and_norm(self.norm1, x, branch, factor)
-        branch, factor = split_drop(self.attn.drop, self.attn(normed, shape, drop=False, casts=casts), attn_factor)
+        branch, factor = split_drop(self.attn.drop, self.attn(normed, shape, drop=False), attn_factor)
         x, normed = sum_and_norm(self.norm2, x, branch, factor)
-        return x, *split_drop(self.ffn.dropout_layer, self.ffn(normed, drop=False, casts=casts), ffn_factor)
+        return x, *split_drop(self.ffn.dropout_layer, self.ffn(normed, drop=False), ffn_factor)
 
 
 class SwinBlockV2(nn.Module):
@@ -684,10 +682,9 @@ class SwinBlockV2(nn.Module):
         return _run(self._forward, self.with_cp, x, shape, attn_factor, ffn_factor)
 
     def _forward(self, x: Tensor, shape: Shape, attn_factor: Tensor | None, ffn_factor: Tensor | None) -> Tensor:
-        casts = cast_linears(*self.attn.linears, *self.ffn.linears)
-        branch = apply_drop(self.attn.drop, self.attn(x, shape, drop=False, casts=casts), attn_factor)
+        branch = apply_drop(self.attn.drop, self.attn(x, shape, drop=False), attn_factor)
         x = x + apply_norm(self.norm1, branch)
-        branch = apply_drop(self.ffn.dropout_layer, self.ffn(x, drop=False, casts=casts), ffn_factor)
+        branch = apply_drop(self.ffn.dropout_layer, self.ffn(x, drop=False), ffn_factor)
         x = x + apply_norm(self.norm2, branch)
         return x if self.norm3 is None else apply_norm(self.norm3, x)
 
@@ -724,27 +721,18 @@ class FeedForward(nn.Module):
         self.layers = nn.Sequential(*hidden, init_linear(feedforward_channels, embed_dims), nn.Dropout(ffn_drop))
         self.dropout_layer = build_dropout(dropout_layer)
 
-    @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        """The layers whose casts `forward` takes."""
-        *hidden, linear, _ = self.layers
-        return (*(layer for layer, _, _ in hidden), linear)
-
-    def forward(self, x: Tensor, drop: bool = True, casts: LinearCasts | None = None) -> Tensor:
-        """`[..., C]` to the same shape.
-
-        Without `drop`, `dropout_layer` is left to the caller; `casts` are of `linears`, see `cast_linears`.
-        """
+    def forward(self, x: Tensor, drop: bool = True) -> Tensor:
+        """`[..., C]` to the same shape; without `drop`, `dropout_layer` is left to the caller."""
         *hidden, linear, dropout = self.layers
         for layer, activation, hidden_dropout in hidden[:-1]:
-            x = hidden_dropout(activation(apply_linear(x, layer, casts)))
+            x = hidden_dropout(activation(layer(x)))
         layer, activation, hidden_dropout = hidden[-1]
-        x = apply_linear(x, layer, casts)
+        x = layer(x)
         is_gelu = type(activation) is nn.GELU and not has_hooks(activation)
         if is_gelu and (hidden_dropout.p == 0.0 or not hidden_dropout.training):
-            x = gelu_linear(x, linear, activation.approximate, casts)
+            x = gelu_linear(x, linear, activation.approximate)
         else:
-            x = apply_linear(hidden_dropout(activation(x)), linear, casts)
+            x = linear(hidden_dropout(activation(x)))
         x = dropout(x)
         return self.dropout_layer(x) if drop else x
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous_core import indexing
-from vitreous_core.linear_casts import LinearCasts, apply_linear
 from vitreous_core.ops.block_sparse_attention import (
     Bias,
     RelativeBias1d,
@@ -74,19 +73,7 @@ class CurveAttention(nn.Module, ABC):
         """Gather indices int64 `[L]` from image to curve order, and back."""
         return self.curve.tables(height, width, device)
 
-    @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        """The layers whose casts `forward` takes."""
-        return self.qkv, self.proj
-
-    def forward(
-        self,
-        tokens: Tensor,
-        size: tuple[int, int] | None = None,
-        *,
-        on_curve: bool = False,
-        casts: LinearCasts | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, size: tuple[int, int] | None = None, *, on_curve: bool = False) -> Tensor:
         """Attend.
 
         Args:
@@ -95,7 +82,6 @@ class CurveAttention(nn.Module, ABC):
             on_curve: False: tokens come and go in row-major image order, and the module reorders them. True: they
                 come and go in curve order, as `module.curve.put_on(tokens, height, width)` makes them, which saves
                 two copies per module where several follow each other.
-            casts: of `linears` and other layers, see `vitreous_core.linear_casts.cast_linears`.
 
         Returns:
             The shape of `tokens`, in their order.
@@ -105,16 +91,16 @@ class CurveAttention(nn.Module, ABC):
             BackendUnsupported: when a named backend cannot run this problem.
         """
         if size is not None:
-            return self._on_tokens(tokens, size, on_curve, casts)
+            return self._on_tokens(tokens, size, on_curve)
         if tokens.ndim != 4 or on_curve:
             raise ValueError(
                 "size must be the (height, width) of the tokens, unless these are a map [B, height, width, C] in image "
                 f"order; got None for a shape of {tuple(tokens.shape)}"
             )
         size = (int(tokens.shape[1]), int(tokens.shape[2]))
-        return self._on_tokens(tokens.flatten(1, 2), size, on_curve, casts).unflatten(1, size)
+        return self._on_tokens(tokens.flatten(1, 2), size, on_curve).unflatten(1, size)
 
-    def _on_tokens(self, tokens: Tensor, size: tuple[int, int], on_curve: bool, casts: LinearCasts | None) -> Tensor:
+    def _on_tokens(self, tokens: Tensor, size: tuple[int, int], on_curve: bool) -> Tensor:
         height, width = size
         if int(tokens.shape[1]) != height * width:
             raise ValueError(
@@ -123,7 +109,7 @@ class CurveAttention(nn.Module, ABC):
             )
         if not on_curve:
             tokens = self.curve.put_on(tokens, height, width)
-        out = apply_linear(self.attend(apply_linear(tokens, self.qkv, casts), size), self.proj, casts)
+        out = self.proj(self.attend(self.qkv(tokens), size))
         return out if on_curve else self.curve.take_off(out, height, width)
 
     def attend(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:

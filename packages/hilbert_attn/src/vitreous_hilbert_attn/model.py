@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vitreous_core.backbone import stage_indices
 from vitreous_core.gelu_linear import gelu_linear
-from vitreous_core.linear_casts import LinearCasts, apply_linear, cast_linears
 from vitreous_core.ops.sum_norm import SumNorm, add_branch, sum_norm
 from vitreous_core.stochastic_depth import branch_factors
 
@@ -436,11 +435,10 @@ class CurveBlock(nn.Module):
             own_factor: of this block's attention.
             size: `(height, width)`.
         """
-        casts = cast_linears(*self.attn.linears, *self.mlp.linears)
         tokens, normed = self.norm1(tokens, branch, factor)
-        mixed = self.attn(normed, size, on_curve=True, casts=casts)
+        mixed = self.attn(normed, size, on_curve=True)
         tokens, normed = self.norm2(tokens, mixed if self.gamma1 is None else self.gamma1 * mixed, own_factor)
-        branch = self.mlp(normed, casts)
+        branch = self.mlp(normed)
         return tokens, branch if self.gamma2 is None else self.gamma2 * branch
 
 
@@ -522,13 +520,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        """The layers whose casts `forward` takes."""
-        return self.fc1, self.fc2
-
-    def forward(self, tokens: Tensor, casts: LinearCasts | None = None) -> Tensor:
-        return gelu_linear(apply_linear(tokens, self.fc1, casts), self.fc2, casts=casts)
+    def forward(self, tokens: Tensor) -> Tensor:
+        return gelu_linear(self.fc1(tokens), self.fc2)
 
 
 def _channels_last(images: Tensor) -> Tensor:

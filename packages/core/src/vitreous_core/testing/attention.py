@@ -97,9 +97,9 @@ class Problem:
                 return None
             case "cells" | "steps":
                 assert table is not None
-                order = None if self.order is None else torch.from_numpy(self.order).to(table.device)
+                # As numbers: a tensor made at every call would be another table to whoever remembers tables.
                 return RelativeBias2d(
-                    table, self.height, self.width, order, extent=self._extent(), dilation=self._steps()
+                    table, self.height, self.width, self.order, extent=self._extent(), dilation=self._steps()
                 )
             case "distance":
                 assert table is not None
