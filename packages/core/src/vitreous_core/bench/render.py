@@ -567,7 +567,10 @@ def _bar_figure(bars: Sequence[tuple[str, str, float, float | None]]) -> tuple[F
     colours = _colours(mode for _, mode, _, _ in bars)
     for place, (_, mode, length, tick) in enumerate(bars):
         panel.barh(place, length, color=colours[mode], height=0.75, label=mode)
-        panel.annotate(f" {_significant(length)}", (length, place), va="center", fontsize=8)
+        # On white, as a bar may end at the line of what was asked.
+        label = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        panel.annotate(_significant(length), (length, place), (4, 0), textcoords="offset points", va="center",
+                       fontsize=8, bbox=label, zorder=3)  # fmt: skip
         if tick is not None:
             panel.plot([tick, tick], [place - 0.42, place + 0.42], color="black", linewidth=2)
     panel.set_yticks(range(len(bars)), [label for label, _, _, _ in bars], fontsize=8)
