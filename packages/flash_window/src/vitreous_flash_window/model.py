@@ -586,11 +586,6 @@ class SwinBlock(nn.Module):
         self.norm2 = build_norm(norm_cfg, embed_dims)
         self.ffn = FeedForward(**{**_ffn_arguments(embed_dims, ffn_ratio, drop_path), **(ffn_cfgs or {})})
 
-    @property
-    def drops(self) -> tuple[nn.Module, nn.Module]:
-        """The dropout of both branches."""
-        return self.attn.drop, self.ffn.dropout_layer
-
     def forward(
         self, x: Tensor, shape: Shape, attn_factor: Tensor | None = None, ffn_factor: Tensor | None = None
     ) -> Tensor:
@@ -669,11 +664,6 @@ class SwinBlockV2(nn.Module):
         self.ffn = FeedForward(**{**_ffn_arguments(embed_dims, ffn_ratio, drop_path), **(ffn_cfgs or {})})
         self.norm2 = build_norm(norm_cfg, embed_dims)
         self.norm3 = build_norm(norm_cfg, embed_dims) if extra_norm else None
-
-    @property
-    def drops(self) -> tuple[nn.Module, nn.Module]:
-        """The dropout of both branches."""
-        return self.attn.drop, self.ffn.dropout_layer
 
     def forward(
         self, x: Tensor, shape: Shape, attn_factor: Tensor | None = None, ffn_factor: Tensor | None = None
@@ -942,7 +932,7 @@ def _draw(blocks: nn.ModuleList, x: Tensor) -> list[Tensor | None]:
 
     MMPretrain draws for each branch by itself: the same seed leaves out other branches there.
     """
-    rates = [drop_rate(drop) for block in blocks for drop in block.drops]
+    rates = [drop_rate(drop) for block in blocks for drop in (block.attn.drop, block.ffn.dropout_layer)]
     return branch_factors(rates, x.shape[0], x.device)  # len() would fix the batch of an exported graph
 
 

@@ -141,8 +141,8 @@ def launch_backward(
             ),
             (rows, rows // tokens.shape[0], float(eps)), constants,
         )  # fmt: skip
-    dweight, dbias = partial.sum(0)[:, :channels].to(weight.dtype).unbind(0)
-    return dshortcut, dbranch, dweight, dbias
+    dweight, dbias = partial.sum(0)[:, :channels].unbind(0)
+    return dshortcut, dbranch, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def _shape(tokens: Tensor) -> tuple[int, int, int]:
