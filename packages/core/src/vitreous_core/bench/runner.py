@@ -177,7 +177,11 @@ def _measure(case: Case, contenders: Sequence[_Contender], device: torch.device,
 
 
 def _prepare_all(case: Case, providers: Sequence[Provider], device: torch.device, console: Console) -> list[_Contender]:
-    """Set every provider up and run each step once: whatever compiles or tunes does so now."""
+    """Set every provider up and run each step: whatever compiles or tunes does so now.
+
+    Twice, because what a first call leaves in a network (timm's EfficientViT keeps its gathered biases) can make
+    `torch.compile` compile once more for the second.
+    """
     contenders = []
     for provider in providers:
         contender = _Contender(provider.name)
@@ -190,7 +194,8 @@ def _prepare_all(case: Case, providers: Sequence[Provider], device: torch.device
         for mode in contender.modes(case):
             console.print(f"  compiling {case.name} {provider.name} {mode}", style="dim", highlight=False)
             with _failures(contender, mode):
-                contender.prepared.steps[mode]()
+                for _ in range(2):
+                    contender.prepared.steps[mode]()
         contenders.append(contender)
     return contenders
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,6 +43,10 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
         channels = x.shape[1]
         taps = weights.local_weight.T.reshape(channels, 1, 3, 3)
         x = F.conv2d(x, taps, weights.local_bias, padding=1, groups=channels)
+    if x.dtype in (torch.float32, torch.float64):
+        # As the layers do it: whether fp32 may be rounded to TF32, PyTorch asks of convolutions apart from products.
+        hidden = F.conv2d(x, weights.in_weight[:, :, None, None], weights.in_bias).relu()
+        return x + F.conv2d(hidden, weights.out_weight[:, :, None, None], weights.out_bias)
     # Products over rows of channels-last memory, whose biases cuBLAS adds.
     rows = x.permute(0, 2, 3, 1)
     hidden = F.linear(rows, weights.in_weight, weights.in_bias).relu()
