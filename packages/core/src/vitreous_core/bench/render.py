@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def newest_sheets(rows: Iterable[Row]) -> list[Sheet]:
     """The newest row of every case, mode and provider, by suite and device.
 
-    Rows of ours whose run left out something that their goals compare with get `"earlier"`: by its name, the pair of
-    our row and its row in the newest run that has both.
+    Rows of ours get `"pairs"`: by the name of each provider that their goals compare with, our row and its row of every
+    run that has both, the newest first.
     """
     newest: dict[tuple[str, str], dict[tuple[str, str, str], Row]] = defaultdict(dict)
     runs: dict[tuple[str, ...], dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
@@ -109,19 +109,18 @@ def newest_sheets(rows: Iterable[Row]) -> list[Sheet]:
     for sheet, kept in newest.items():
         for key, row in kept.items():
             if row["ours"]:
-                kept[key] = {**row, "earlier": _earlier_pairs(row, runs[*sheet, row["case"], row["mode"]])}
+                kept[key] = {**row, "pairs": _pairs(row, runs[*sheet, row["case"], row["mode"]])}
     return [Sheet(suite, device, list(kept.values())) for (suite, device), kept in sorted(newest.items())]
 
 
-def _earlier_pairs(ours: Row, runs: Mapping[str, Mapping[str, Row]]) -> dict[str, tuple[Row, Row]]:
-    pairs = {}
-    for over in {goal["over"] for goal in ours["goals"] if goal.get("over")} - set(runs[ours["time"]]):
+def _pairs(ours: Row, runs: Mapping[str, Mapping[str, Row]]) -> dict[str, list[tuple[Row, Row]]]:
+    pairs = defaultdict(list)
+    for over in {goal["over"] for goal in ours["goals"] if goal.get("over")}:
         for _, run in sorted(runs.items(), reverse=True):
             mine = our_row(list(run.values()))
             if mine is not None and over in run:
-                pairs[over] = mine, run[over]
-                break
-    return pairs
+                pairs[over].append((mine, run[over]))
+    return dict(pairs)
 
 
 def read_notes(folder: Path, rows: Iterable[Row]) -> dict[str, str]:
@@ -200,12 +199,21 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
         if ours is not None:
             rivals = {row["provider"]: row for row in group if row["time"] == ours["time"]}
             for goal in ours["goals"]:
-                mine, rival = ours.get("earlier", {}).get(goal.get("over"), (ours, None))
-                verdict = judge(goal, mine, rivals if rival is None else {rival["provider"]: rival})
-                if rival is not None:
-                    verdict = replace(verdict, text=f"{verdict.text}, both at {(mine['commit'] or 'unknown')[:7]}")
-                found.append((ours, goal, verdict))
+                pairs = ours.get("pairs", {}).get(goal.get("over"))
+                found.append((ours, goal, _judge_runs(goal, ours, pairs) if pairs else judge(goal, ours, rivals)))
     return found
+
+
+def _judge_runs(goal: Row, ours: Row, pairs: Sequence[tuple[Row, Row]]) -> Verdict:
+    """The verdict of the newest run, and where it is against us the newest that was not: machines differ too."""
+    newest, *older = (
+        (judge(goal, mine, {rival["provider"]: rival}), (mine["commit"] or "unknown")[:7]) for mine, rival in pairs
+    )
+    verdict, commit = newest
+    text = verdict.text if pairs[0][0]["time"] == ours["time"] else f"{verdict.text}, both at {commit}"
+    if verdict.met is False:
+        text += next((f"; met at {of}: {_significant(was.figure or 0)}×" for was, of in older if was.met), "")
+    return replace(verdict, text=text)
 
 
 def our_row(rows: Sequence[Row]) -> Row | None:

@@ -1,0 +1,230 @@
+custom_imports=dict(
+    allow_failed_imports=False,
+    imports=[
+        'vitreous_flash_window.mm',
+        ])
+data_preprocessor=dict(
+    mean=[
+        72.9,
+        72.9,
+        72.9,
+        ],
+    num_classes=10,
+    std=[
+        90.0,
+        90.0,
+        90.0,
+        ],
+    to_rgb=False)
+data_root='/usr/share/datasets/fashion-mnist'
+default_hooks=dict(
+    checkpoint=dict(
+        interval=100,
+        max_keep_ckpts=2,
+        save_best='auto',
+        type='CheckpointHook'),
+    logger=dict(
+        interval=10,
+        type='LoggerHook'),
+    param_scheduler=dict(
+        type='ParamSchedulerHook'),
+    sampler_seed=dict(
+        type='DistSamplerSeedHook'),
+    timer=dict(
+        type='IterTimerHook'),
+    visualization=dict(
+        enable=False,
+        type='VisualizationHook'))
+default_scope='mmpretrain'
+env_cfg=dict(
+    cudnn_benchmark=False,
+    dist_cfg=dict(
+        backend='nccl'),
+    mp_cfg=dict(
+        mp_start_method='fork',
+        opencv_num_threads=0))
+launcher='none'
+load_from=None
+log_level='INFO'
+model=dict(
+    backbone=dict(
+        arch=dict(
+            depths=[
+                2,
+                2,
+                ],
+            embed_dims=64,
+            num_heads=[
+                2,
+                4,
+                ]),
+        backend='triton',
+        drop_path_rate=0.1,
+        img_size=28,
+        patch_size=2,
+        type='FlashSwinTransformer',
+        window_size=7),
+    head=dict(
+        cal_acc=False,
+        in_channels=128,
+        init_cfg=dict(
+            bias=0.0,
+            layer='Linear',
+            std=0.02,
+            type='TruncNormal'),
+        loss=dict(
+            label_smooth_val=0.1,
+            mode='original',
+            type='LabelSmoothLoss'),
+        num_classes=10,
+        type='LinearClsHead'),
+    init_cfg=dict(
+        distribution='uniform',
+        layer='Linear',
+        type='Xavier'),
+    neck=dict(
+        type='GlobalAveragePooling'),
+    type='ImageClassifier')
+optim_wrapper=dict(
+    loss_scale='dynamic',
+    optimizer=dict(
+        betas=(
+            0.9,
+            0.999,
+            ),
+        eps=1e-08,
+        lr=0.001,
+        type='AdamW',
+        weight_decay=0.05),
+    paramwise_cfg=dict(
+        bias_decay_mult=0.0,
+        norm_decay_mult=0.0),
+    type='AmpOptimWrapper')
+param_scheduler=[
+    dict(begin=0,
+        by_epoch=False,
+        end=50,
+        start_factor=0.01,
+        type='LinearLR'),
+    dict(begin=0,
+        by_epoch=True,
+        convert_to_iter_based=True,
+        eta_min=0.0,
+        type='CosineAnnealingLR'),
+    ]
+randomness=dict(
+    deterministic=False,
+    seed=1)
+resume=False
+test_cfg=dict(
+    )
+test_dataloader=dict(
+    batch_size=128,
+    collate_fn=dict(
+        type='default_collate'),
+    dataset=dict(
+        data_root='/usr/share/datasets/fashion-mnist',
+        pipeline=[
+            dict(interpolation='bilinear',
+                scale=28,
+                type='Resize'),
+            dict(type='PackInputs'),
+            ],
+        split='test',
+        type='GzippedFashionMNIST'),
+    num_workers=0,
+    persistent_workers=False,
+    pin_memory=True,
+    sampler=dict(
+        shuffle=False,
+        type='DefaultSampler'))
+test_evaluator=dict(
+    topk=(
+        1,
+        ),
+    type='Accuracy')
+test_pipeline=[
+    dict(interpolation='bilinear',
+        scale=28,
+        type='Resize'),
+    dict(type='PackInputs'),
+    ]
+train_cfg=dict(
+    by_epoch=True,
+    max_epochs=4,
+    val_interval=1)
+train_dataloader=dict(
+    batch_size=128,
+    collate_fn=dict(
+        type='default_collate'),
+    dataset=dict(
+        data_root='/usr/share/datasets/fashion-mnist',
+        indices=12800,
+        pipeline=[
+            dict(crop_size=28,
+                padding=2,
+                type='RandomCrop'),
+            dict(direction='horizontal',
+                prob=0.5,
+                type='RandomFlip'),
+            dict(interpolation='bilinear',
+                scale=28,
+                type='Resize'),
+            dict(type='PackInputs'),
+            ],
+        split='train',
+        type='GzippedFashionMNIST'),
+    num_workers=0,
+    persistent_workers=False,
+    pin_memory=True,
+    sampler=dict(
+        shuffle=True,
+        type='DefaultSampler'))
+train_pipeline=[
+    dict(crop_size=28,
+        padding=2,
+        type='RandomCrop'),
+    dict(direction='horizontal',
+        prob=0.5,
+        type='RandomFlip'),
+    dict(interpolation='bilinear',
+        scale=28,
+        type='Resize'),
+    dict(type='PackInputs'),
+    ]
+val_cfg=dict(
+    )
+val_dataloader=dict(
+    batch_size=128,
+    collate_fn=dict(
+        type='default_collate'),
+    dataset=dict(
+        data_root='/usr/share/datasets/fashion-mnist',
+        pipeline=[
+            dict(interpolation='bilinear',
+                scale=28,
+                type='Resize'),
+            dict(type='PackInputs'),
+            ],
+        split='test',
+        type='GzippedFashionMNIST'),
+    num_workers=0,
+    persistent_workers=False,
+    pin_memory=True,
+    sampler=dict(
+        shuffle=False,
+        type='DefaultSampler'))
+val_evaluator=dict(
+    topk=(
+        1,
+        ),
+    type='Accuracy')
+vis_backends=[
+    dict(type='LocalVisBackend'),
+    ]
+visualizer=dict(
+    type='UniversalVisualizer',
+    vis_backends=[
+        dict(type='LocalVisBackend'),
+        ])
+work_dir='2026-11-22-ef5769cf-triton-seed1'
