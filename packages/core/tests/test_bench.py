@@ -397,6 +397,20 @@ def test_the_command_runs_a_case_on_a_cpu(tmp_path: Path, capsys: pytest.Capture
     assert main(["core", "--case", "nope"]) == 2
 
 
+def test_a_full_gpu_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure_roof(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 400 MiB\nand a long story")
+
+    monkeypatch.setattr("vitreous_core.bench.runner.measure_roof", measure_roof)
+    assert main(["core", "--case", "smoke/wsa*", "--provider", "sdpa", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "bench: error: no GPU memory is left to measure with; end what else runs there: CUDA out of memory. Tried to "
+        "allocate 400 MiB\n"
+    )
+
+
 # Tables and figures.
 
 

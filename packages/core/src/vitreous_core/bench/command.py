@@ -56,7 +56,7 @@ def bench(options: argparse.Namespace) -> None:
     """Do what the arguments say.
 
     Raises:
-        UserError: for an unknown suite, a paper without cases, or patterns that match nothing.
+        UserError: for an unknown suite, a paper without cases, patterns that match nothing, or a GPU that is full.
     """
     import torch
 
@@ -69,10 +69,16 @@ def bench(options: argparse.Namespace) -> None:
             print(f"{case.name}  ({case.device}: {', '.join(provider.name for provider in case.providers)})")
         return
     chosen = select(cases, options.case, device)
-    for path in run(
-        options.suite, chosen, folder=options.out or default_folder(), provider_patterns=options.provider,
-        commit=options.commit, compile_only=options.compile_only, lock=options.lock,
-    ):  # fmt: skip
+    try:
+        written = run(
+            options.suite, chosen, folder=options.out or default_folder(), provider_patterns=options.provider,
+            commit=options.commit, compile_only=options.compile_only, lock=options.lock,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        # A provider's own is a row; here it is a buffer of the clock's or the roof's that found no room.
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"no GPU memory is left to measure with; end what else runs there: {first_line}") from error
+    for path in written:
         print(f"rows: {path}")
 
 
