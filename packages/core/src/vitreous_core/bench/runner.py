@@ -65,7 +65,7 @@ def run(
         folder: rows go to `<folder>/<device>/<date>-<commit>.jsonl`.
         provider_patterns: only providers whose names match one of these.
         commit: recorded instead of what git says, where the sources are no checkout.
-        compile_only: prepare and run every step once, so that compilers fill their caches on disk, and write nothing.
+        compile_only: prepare and run every step, so that compilers fill their caches on disk, and write nothing.
         lock: a file that is held while a case is gated and timed. Several commands with one new file compile side by
             side, measure in turns, and are one run: their rows have the time at which the first of them measured.
 
