@@ -551,6 +551,7 @@ def test_what_others_published_stands_beside_our_newest_row(tmp_path: Path) -> N
 def test_a_mark_shows_its_own_figures_alone() -> None:
     rows = [row(f"{mark}/8", name, latency) for mark in ("E1", "E1-sizes") for name, latency in
             (("triton", 1.0), ("flex", 3.0))]  # fmt: skip
-    page = render.page(render.Sheet("s", "gpu", rows))
+    (sheet,) = render.newest_sheets(rows)
+    page = render.page(render.Sheet("s", "gpu", sheet.rows))
     for figure in ("s-gpu-e1-roof", "s-gpu-e1-speed-up", "s-gpu-e1-sizes-roof", "s-gpu-e1-sizes-speed-up"):
         assert page.count(f"../figures/{figure}.png") == 1

@@ -197,22 +197,20 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
     for (_, _), group in _by_case_and_mode(rows):
         ours = our_row(group)
         if ours is not None:
-            rivals = {row["provider"]: row for row in group if row["time"] == ours["time"]}
             for goal in ours["goals"]:
-                pairs = ours.get("pairs", {}).get(goal.get("over"))
-                found.append((ours, goal, _judge_runs(goal, ours, pairs) if pairs else judge(goal, ours, rivals)))
+                pairs = ours["pairs"].get(goal["over"])
+                found.append((ours, goal, _judge_runs(goal, ours, pairs) if pairs else judge(goal, ours, {})))
     return found
 
 
 def _judge_runs(goal: Row, ours: Row, pairs: Sequence[tuple[Row, Row]]) -> Verdict:
-    """The verdict of the newest run, and where it is against us the newest that was not: machines differ too."""
-    newest, *older = (
-        (judge(goal, mine, {rival["provider"]: rival}), (mine["commit"] or "unknown")[:7]) for mine, rival in pairs
-    )
-    verdict, commit = newest
+    """The verdict of the newest run; where the goal was not met, with the newest run that met it: machines differ."""
+    found = [(judge(goal, mine, {goal["over"]: rival}), (mine["commit"] or "unknown")[:7]) for mine, rival in pairs]
+    verdict, commit = found[0]
     text = verdict.text if pairs[0][0]["time"] == ours["time"] else f"{verdict.text}, both at {commit}"
     if verdict.met is False:
-        text += next((f"; met at {of}: {_significant(was.figure or 0)}×" for was, of in older if was.met), "")
+        met = ((was.figure, commit) for was, commit in found if was.met and was.figure is not None)
+        text += next((f"; met at {commit}: {_significant(figure)}×" for figure, commit in met), "")
     return replace(verdict, text=text)
 
 
