@@ -35,6 +35,7 @@ from .model import EfficientViTMSRA, EfficientViTMSRAHead
 from .ops import Backend
 
 NETWORKS = ("m0", "m4")
+SUFFIXES = ("", "-graph", "-compiled", "-compiled-graph")
 NEVER_SLOWER = (Goal(INFER, "speed-up", 1.0, over="timm"), Goal(INFER, "speed-up", 1.0, over="timm-compiled"))
 
 
@@ -52,8 +53,8 @@ def inference_cases() -> Iterator[Case]:
     for arch in NETWORKS:
         for batch in (1, 256, 2048):
             names = [
-                "deploy-triton", "deploy-triton-graph", "deploy", "deploy-compiled", "deploy-compiled-graph", "eager",
-                "timm", "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
+                *(network + suffix for network in ("deploy-triton", "deploy") for suffix in SUFFIXES), "eager", "timm",
+                "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
             # Many images hide the launches, and a graph would have to copy them.
             fastest = "deploy-triton-graph" if batch <= 256 else "deploy-triton"
@@ -73,7 +74,7 @@ def variant_cases() -> Iterator[Case]:
 def size_cases() -> Iterator[Case]:
     """E1-sizes: larger images in half precision, networks built for them on both sides."""
     names = ["deploy-triton-graph", "eager", "timm", "timm-compiled"]
-    for arch in NETWORKS:
+    for arch in EfficientViTMSRA.arch_settings:
         for size in (384, 512):
             yield _inference_case("E1-sizes", f"{arch}-{size}px", arch, 128, names, size=size)
 
@@ -84,7 +85,7 @@ def float32_cases() -> Iterator[Case]:
     `deploy-auto` is deploy mode as it comes on a GPU.
     """
     names = ["deploy-auto-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm", "timm-compiled"]
-    for arch in NETWORKS:
+    for arch in EfficientViTMSRA.arch_settings:
         yield _inference_case(
             "E1-float32", f"{arch}-batch256", arch, 256, names, dtype="float32", ours="deploy-auto-graph"
         )

@@ -36,6 +36,8 @@ from .ops import Backend
 NETWORKS = ("xs", "l1")
 STAGE_TOKENS = (56**2, 28**2, 14**2, 7**2)
 """Of an image of 224 pixels."""
+SUFFIXES = ("", "-graph", "-compiled", "-compiled-graph")
+NEVER_SLOWER = (Goal(INFER, "speed-up", 1.0, over="timm"), Goal(INFER, "speed-up", 1.0, over="timm-compiled"))
 
 
 def cases() -> Sequence[Case]:
@@ -50,11 +52,10 @@ def inference_cases() -> Iterator[Case]:
     """S1: half precision, channels-last, from one image to many."""
     goals = (Goal(INFER, "speed-up", 2.8, over="timm"), Goal(INFER, "speed-up", 1.4, over="timm-compiled"))
     for arch in NETWORKS:
-        for batch in (1, 128, 1024):
+        for batch in (1, 128, 1024, 2048):
             names = [
-                "deploy-triton", "deploy-triton-graph", "deploy-triton-compiled", "deploy-triton-compiled-graph",
-                "deploy-compiled-graph", "eager",
-                "timm", "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
+                *(network + suffix for network in ("deploy-triton", "deploy") for suffix in SUFFIXES), "eager", "timm",
+                "timm-compiled", "timm-compiled-graph", *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
             # Many images hide the launches, and a graph would have to copy them.
             fastest = "deploy-triton-graph" if batch <= 128 else "deploy-triton"
@@ -74,8 +75,9 @@ def variant_cases() -> Iterator[Case]:
 def size_cases() -> Iterator[Case]:
     """S1-sizes: larger images in half precision."""
     names = ["deploy-triton-graph", "eager", "timm", "timm-compiled"]
-    for size in (384, 512):
-        yield _inference_case("S1-sizes", f"l1-{size}px", "l1", 128, names, size=size)
+    for arch in SwiftFormer.arch_settings:
+        for size in (384, 512):
+            yield _inference_case("S1-sizes", f"{arch}-{size}px", arch, 128, names, size=size)
 
 
 def float32_cases() -> Iterator[Case]:
@@ -84,13 +86,10 @@ def float32_cases() -> Iterator[Case]:
     `deploy-auto` is deploy mode as it comes on a GPU.
     """
     names = ["deploy-auto-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm", "timm-compiled"]
-    for arch in NETWORKS:
+    for arch in SwiftFormer.arch_settings:
         yield _inference_case(
             "S1-float32", f"{arch}-batch128", arch, 128, names, dtype="float32", ours="deploy-auto-graph"
         )  # fmt: skip
-
-
-NEVER_SLOWER = (Goal(INFER, "speed-up", 1.0, over="timm"), Goal(INFER, "speed-up", 1.0, over="timm-compiled"))
 
 
 def _inference_case(
