@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitreous_core.autocast import autocast_dtype
 from vitreous_core.fold import fold_conv_norm
 
-from .ops import Backend, head_attention
+from .ops import Backend, Convolution, head_attention
 from .ops.api import check_backend
 from .ops.head_attention import attend, bias_index, pairs_of_entries, resolve_head, spread_table
 
@@ -37,6 +37,7 @@ class ConvBN(nn.Sequential):
         padding: zero padding on every side.
         groups: groups of the convolution.
         gamma: initial scale of the batch norm; 0 makes a residual branch start as the identity.
+        backend: of the convolution, see `ops.Convolution`.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class ConvBN(nn.Sequential):
         padding: int = 0,
         groups: int = 1,
         gamma: float = 1.0,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.c = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        self.c = Convolution(in_channels, out_channels, kernel_size, stride, padding, groups, backend)
         self.bn = nn.BatchNorm2d(out_channels)
         nn.init.constant_(self.bn.weight, gamma)
 
@@ -116,7 +118,8 @@ class CascadedGroupAttention(nn.Module):
         seen = channels if head_input == "full" else self.value_dim
         self.qkvs = nn.ModuleList(ConvBN(seen, 2 * key_dim + self.value_dim) for _ in range(num_heads))
         self.dws = nn.ModuleList(
-            ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim) for kernel in self.kernel_sizes
+            ConvBN(key_dim, key_dim, kernel, padding=kernel // 2, groups=key_dim, backend=backend)
+            for kernel in self.kernel_sizes
         )
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(channels, channels, gamma=0.0))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))

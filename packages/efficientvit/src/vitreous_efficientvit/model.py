@@ -67,8 +67,8 @@ class EfficientViTMSRA(nn.Module):
         norm_eval: keep batch norms in evaluation mode while training.
         with_cp: recompute the blocks in the backward pass to save memory; results are unchanged.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0; the paper uses none.
-        backend: of the heads' attention in training and unfused inference, see `CascadedGroupAttention`. Deploy mode
-            has its own.
+        backend: of the heads' attention and of the convolutions of the stem and by depth, in training and unfused
+            inference; see `CascadedGroupAttention` and `ops.Convolution`. Deploy mode has its own.
 
     Raises:
         TypeError: for an `arch`, `img_size` or `out_indices` of another type.
@@ -113,7 +113,7 @@ class EfficientViTMSRA(nn.Module):
         self.deploy = False
         self.deploy_backend: Backend | None = None
 
-        self.patch_embed = _stem(in_channels, self.channels[0])
+        self.patch_embed = _stem(in_channels, self.channels[0], backend)
         ffn_ratio = arch.get("ffn_ratio", 2)
         last = max(sum(self.depths) - 1, 1)
         rates = (drop_path_rate * block / last for block in count())
@@ -121,7 +121,7 @@ class EfficientViTMSRA(nn.Module):
         for stage in range(NUM_STAGES):
             layers: list[nn.Module] = []
             if stage > 0:
-                layers += _subsample(self.channels[stage - 1], self.channels[stage], ffn_ratio)
+                layers += _subsample(self.channels[stage - 1], self.channels[stage], ffn_ratio, backend)
                 side = (side - 1) // 2 + 1
             layers += [
                 EfficientViTBlock(
@@ -370,7 +370,7 @@ class EfficientViTBlock(nn.Sequential):
         attention = LocalWindowAttention(channels, num_heads, window_size, kernel_sizes, key_dim, head_input, backend)
 
         def add_ffn(index: int) -> None:
-            self.add_module(f"dw{index}", Residual(_depthwise(channels, gamma=0.0), drop_path))
+            self.add_module(f"dw{index}", Residual(_depthwise(channels, 0.0, backend), drop_path))
             self.add_module(f"ffn{index}", Residual(FFN(channels, ffn_ratio), drop_path))
 
         before, after = ffns
@@ -414,11 +414,11 @@ class FFN(nn.Module):
 class PatchMerging(nn.Module):
     """Inverted residual without the residual: 1x1 to 4C, depthwise 3x3 stride 2, squeeze-excite, 1x1."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, backend: Backend = "auto") -> None:
         super().__init__()
         hidden = 4 * in_channels
         self.conv1 = ConvBN(in_channels, hidden)
-        self.conv2 = ConvBN(hidden, hidden, kernel_size=3, stride=2, padding=1, groups=hidden)
+        self.conv2 = ConvBN(hidden, hidden, kernel_size=3, stride=2, padding=1, groups=hidden, backend=backend)
         self.se = SqueezeExcite(hidden)
         self.conv3 = ConvBN(hidden, out_channels)
         self.act = nn.ReLU()
@@ -460,23 +460,23 @@ class BNLinear(nn.Sequential):
         return fold_norm_linear(self.bn, self.l)
 
 
-def _stem(in_channels: int, channels: int) -> nn.Sequential:
+def _stem(in_channels: int, channels: int, backend: Backend) -> nn.Sequential:
     widths = [in_channels, channels // 8, channels // 4, channels // 2, channels]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [ConvBN(before, after, kernel_size=3, stride=2, padding=1), nn.ReLU()]
+        layers += [ConvBN(before, after, kernel_size=3, stride=2, padding=1, backend=backend), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def _subsample(in_channels: int, out_channels: int, ffn_ratio: float) -> list[nn.Module]:
+def _subsample(in_channels: int, out_channels: int, ffn_ratio: float, backend: Backend) -> list[nn.Module]:
     def local(channels: int) -> nn.Sequential:
-        return nn.Sequential(Residual(_depthwise(channels, gamma=1.0)), Residual(FFN(channels, ffn_ratio)))
+        return nn.Sequential(Residual(_depthwise(channels, 1.0, backend)), Residual(FFN(channels, ffn_ratio)))
 
-    return [local(in_channels), PatchMerging(in_channels, out_channels), local(out_channels)]
+    return [local(in_channels), PatchMerging(in_channels, out_channels, backend), local(out_channels)]
 
 
-def _depthwise(channels: int, gamma: float) -> ConvBN:
-    return ConvBN(channels, channels, kernel_size=3, padding=1, groups=channels, gamma=gamma)
+def _depthwise(channels: int, gamma: float, backend: Backend) -> ConvBN:
+    return ConvBN(channels, channels, kernel_size=3, padding=1, groups=channels, gamma=gamma, backend=backend)
 
 
 def _classifier(in_channels: int, num_classes: int) -> nn.Module:

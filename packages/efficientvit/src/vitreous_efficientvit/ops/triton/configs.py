@@ -92,6 +92,22 @@ class ConvolutionTile:
     warps: int
 
 
+@dataclass(frozen=True)
+class Walk:
+    """Launch of a kernel whose programs walk over tiles.
+
+    Args:
+        rows, columns: of a tile: cells and channels.
+        tiles: of one program.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    tiles: int
+    warps: int
+
+
 def attention_tile(
     dtype: torch.dtype, tf32: bool, windows: int, window_size: int, value_dim: int, multiprocessors: int
 ) -> AttentionTile:
@@ -162,6 +178,31 @@ def depthwise_tile(channels: int) -> ConvolutionTile:
     """One vector of 16 bytes a thread in half precision."""
     columns = min(64, 1 << (channels - 1).bit_length())
     return ConvolutionTile(16, columns, 1, 4)
+
+
+def depthwise_walk(cells: int, channels: int, side: int, backward: bool, multiprocessors: int) -> Walk:
+    """One vector of 16 bytes a thread in half precision: nine weights and nine sums of such fit its registers.
+
+    Above nine taps weights are read again in the forward, and each row of taps has its own programs in the backward.
+    Programs walk as far as leaves eight on a multiprocessor, then less often sum and read their weights.
+    """
+    columns = min(64, 1 << (channels - 1).bit_length())
+    rows = 1024 // columns
+    blocks = -(-channels // columns) * (side if backward and side > 3 else 1)
+    tiles = -(-cells // rows)
+    return Walk(rows, columns, max(1, min(64, tiles * blocks // (8 * multiprocessors))), 4)
+
+
+def strided_tile(dtype: torch.dtype, channels: int, out_height: int, out_width: int) -> ConvolutionTile:
+    """The forward's; of maps, whose rows of taps have a copy of their cells each in shared memory, at most 64 cells."""
+    tile = convolution_tile(dtype, channels, out_height, out_width)
+    rows = tile.rows if channels <= 3 else max(1, min(tile.rows, 64 // tile.columns))
+    return replace(tile, rows=rows, warps=8 if channels > 16 else tile.warps)
+
+
+def strided_walk(tiles: int, multiprocessors: int) -> int:
+    """Tiles of a program: four programs on a multiprocessor, with a weight or its sums kept as they walk."""
+    return max(1, -(-tiles // (4 * multiprocessors)))
 
 
 def _shared_bytes(tile: FeedForwardTile, dtype: torch.dtype, channels: int) -> int:

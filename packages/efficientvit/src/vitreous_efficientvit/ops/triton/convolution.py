@@ -17,7 +17,7 @@ from ..weights import ConvolutionWeights, DepthwiseWeights
 from .configs import PLANS, Launch, convolution_tile, depthwise_tile, precision
 
 IMAGE_CHANNELS = 3
-_WORDS = 5
+WORDS_OF_A_ROW = 5
 """Pairs of numbers that hold the nine of a kernel's row and one in front."""
 
 
@@ -32,7 +32,7 @@ def _convolution_kernel(
     Neighbours in a row are one run of channels-last memory.
     """
     dtype = x_ptr.dtype.element_ty
-    image, y, x = _cells(row_tiles, column_tiles, ROWS, COLUMNS)
+    image, y, x = cells_of(tl.program_id(0), row_tiles, column_tiles, ROWS, COLUMNS)
     offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     offs_k = tl.arange(0, BLOCK_K)
     is_output = (offs_o < OUTPUTS)[None, :]
@@ -49,7 +49,7 @@ def _convolution_kernel(
             cells = tl.load(source + place, mask=is_there, other=0.0)
             taps = offs_o[None, :] * (9 * CHANNELS) + (row * 3 + first) * CHANNELS + offs_k[:, None]
             weight = tl.load(weight_ptr + taps, mask=is_run[:, None] & is_output, other=0.0)
-            total = tl.dot(cells, weight, total, input_precision=PRECISION)
+            total = tl.dot(cells, weight.to(dtype), total, input_precision=PRECISION)
     _store(out_ptr, bias_ptr, total, image, y, x, out_height, out_width, offs_o, OUTPUTS, RELU, dtype)
 
 
@@ -65,7 +65,23 @@ def _image_kernel(
     one in front they are five aligned pairs. Three rows of them fill a product of 32.
     """
     dtype = out_ptr.dtype.element_ty
-    image, y, x = _cells(row_tiles, column_tiles, ROWS, COLUMNS)
+    image, y, x = cells_of(tl.program_id(0), row_tiles, column_tiles, ROWS, COLUMNS)
+    cells = image_cells(x_ptr, image, y, x, height, width, out_width, ROWS * COLUMNS, WORDS, dtype)
+    offs_k, offs_o = tl.arange(0, 32), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    tap = image_tap(offs_k, WORDS)
+    weight = tl.load(
+        weight_ptr + offs_o[None, :] * 27 + tap[:, None],
+        mask=(tap >= 0)[:, None] & (offs_o < OUTPUTS)[None, :], other=0.0,
+    )  # fmt: skip
+    total = tl.dot(cells, weight.to(dtype))
+    _store(out_ptr, bias_ptr, total, image, y, x, out_height, out_width, offs_o, OUTPUTS, RELU, dtype)
+
+
+@triton.jit
+def image_cells(
+    x_ptr, image, y, x, height, width, out_width, CELLS: tl.constexpr, WORDS: tl.constexpr, dtype: tl.constexpr
+):
+    """The neighbours of output cells, `[CELLS, 32]`, in the order of `image_tap`; zeros where there are none."""
     word = tl.arange(0, 16)
     row, place = word // WORDS, word % WORDS
     in_y = 2 * y[:, None] - 1 + row[None, :]
@@ -79,23 +95,19 @@ def _image_kernel(
     high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
     # The number in front is no neighbour, and might not be finite.
     low = tl.where((place > 0)[None, :], low, 0.0)
-    cells = tl.reshape(tl.join(low, high), [ROWS * COLUMNS, 32])
-
-    offs_k, offs_o = tl.arange(0, 32), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    tap = offs_k // 2 % WORDS * 2 + offs_k % 2 - 1
-    is_tap = (tap >= 0) & (offs_k < 6 * WORDS)
-    weight = tl.load(
-        weight_ptr + offs_o[None, :] * 27 + (offs_k // (2 * WORDS) * 9 + tap)[:, None],
-        mask=is_tap[:, None] & (offs_o < OUTPUTS)[None, :], other=0.0,
-    )  # fmt: skip
-    total = tl.dot(cells, weight)
-    _store(out_ptr, bias_ptr, total, image, y, x, out_height, out_width, offs_o, OUTPUTS, RELU, dtype)
+    return tl.reshape(tl.join(low, high), [CELLS, 32])
 
 
 @triton.jit
-def _cells(row_tiles, column_tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of this program's tile: the image, 64-bit, and row and column of every output cell."""
-    tile = tl.program_id(0)
+def image_tap(offs_k, WORDS: tl.constexpr):
+    """Of the 27 numbers of a cell's neighbourhood the one at each place of `image_cells`; negative at empty places."""
+    tap = offs_k // 2 % WORDS * 2 + offs_k % 2 - 1
+    return tl.where((tap >= 0) & (offs_k < 6 * WORDS), offs_k // (2 * WORDS) * 9 + tap, -1)
+
+
+@triton.jit
+def cells_of(tile, row_tiles, column_tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a tile: the image, 64-bit, and row and column of every output cell."""
     image = (tile // (row_tiles * column_tiles)).to(tl.int64)
     cell = tl.arange(0, ROWS * COLUMNS)
     y = tile // column_tiles % row_tiles * ROWS + cell // COLUMNS
@@ -110,7 +122,8 @@ def _store(
 ):  # fmt: skip
     """Write the sums of a tile with their bias."""
     is_output = offs_o < OUTPUTS
-    total += tl.load(bias_ptr + offs_o, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + offs_o, mask=is_output, other=0.0).to(tl.float32)[None, :]
     if RELU:
         total = tl.maximum(total, 0.0)
     target = out_ptr + image * out_height * out_width * OUTPUTS
@@ -173,7 +186,7 @@ def _plan_convolution(
         "num_warps": tile.warps,
     }  # fmt: skip
     if by_pairs:
-        constants |= {"WORDS": _WORDS}
+        constants |= {"WORDS": WORDS_OF_A_ROW}
     else:
         block_k = max(triton.next_power_of_2(tile.taps * channels), 16)
         constants |= {"CHANNELS": channels, "TAPS": tile.taps, "BLOCK_K": block_k, "PRECISION": products}
@@ -183,17 +196,27 @@ def _plan_convolution(
 
 def launch_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Tensor:
     """The operator; the result is channels-last, and so is `x` unless a copy is made."""
+    return convolve(x, weights.weight, weights.bias, relu)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """`launch_convolution` of a weight `[outputs, 3, 3, channels]` in any floating dtype, with or without a bias."""
     x = x.contiguous(memory_format=torch.channels_last)
-    outputs = weights.bias.shape[0]
+    outputs = weight.shape[0]
     out = _halved_map(x, outputs)
     if not out.numel():
         return out
-    by_pairs = x.shape[1] == IMAGE_CHANNELS and x.shape[3] % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
+    by_pairs = is_read_by_pairs(x)
     launch = _plan_convolution(x.shape, x.dtype, precision(x.dtype), outputs, relu, by_pairs)
     kernel = _image_kernel if by_pairs else _convolution_kernel
     with device_of(x):
-        launch_kernel(kernel, launch.grid, (x, *weights, out), *launch[1:])
+        launch_kernel(kernel, launch.grid, (x, weight, bias, out), *launch[1:])
     return out
+
+
+def is_read_by_pairs(x: Tensor) -> bool:
+    """Whether a channels-last map is an image that kernels read by aligned pairs of numbers."""
+    return x.shape[1] == IMAGE_CHANNELS and x.shape[3] % 2 == 0 and x.itemsize == 2 and x.data_ptr() % 4 == 0
 
 
 @lru_cache(maxsize=PLANS)
