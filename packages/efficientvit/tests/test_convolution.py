@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous_core.errors import BackendUnsupported
-from vitreous_core.testing.budget import TF32Products, assert_within_budget
+from vitreous_core.testing.budget import TF32Products, assert_within_budget, relative_error
 from vitreous_efficientvit import EfficientViTMSRA
 from vitreous_efficientvit.attention import ConvBN
 from vitreous_efficientvit.ops import Convolution, choose_convolution_backend, convolution
@@ -228,7 +228,8 @@ def test_offsets_beyond_31_bits(large_memory: Callable[[int], None]) -> None:
         actual = problem.run(many, "triton")
         assert torch.equal(actual["out"][-1:], expected["out"])
         assert torch.equal(actual["dx"][-1:], expected["dx"])
-        torch.testing.assert_close(actual["dweight"], expected["dweight"], rtol=1e-4, atol=1e-2)
+        # Zeros add nothing but another order of the sums.
+        assert relative_error(actual["dweight"], expected["dweight"]) < 1e-5
 
 
 @both_devices

@@ -15,6 +15,7 @@ from .api import Backend, check_backend
 
 _SIDES = 3, 5, 7
 _MOST_CHANNELS = 32
+_MOST_CELLS = 2**31
 _WORTH_A_LAUNCH = 2**23
 """Elements of a map from which the GPU's time saved is more than the host's time lost, where nothing compiles."""
 
@@ -104,7 +105,8 @@ def choose_convolution_backend(
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or device_reasons(device):
         return "torch"
     batch, channels, height, width = shape
-    if shape_reasons(weight_shape, stride, channels if weight_shape[1] == 1 else 1):
+    groups = channels if weight_shape[1] == 1 else 1
+    if shape_reasons(weight_shape, stride, groups) or size_reasons(shape):
         return "torch"
     outputs = batch * weight_shape[0] * -(-height // stride) * -(-width // stride)
     is_large = max(batch * channels * height * width, outputs) >= _WORTH_A_LAUNCH
@@ -128,7 +130,8 @@ def resolve_convolution(
             return "torch"
         compiling = torch.compiler.is_compiling()
         return choose_convolution_backend(x.device, x.dtype, x.shape, weight_shape, stride, compiling=compiling)
-    reasons = device_reasons(x.device) + dtype_reasons(x.device, x.dtype) + shape_reasons(weight_shape, stride, groups)
+    reasons = device_reasons(x.device) + dtype_reasons(x.device, x.dtype)
+    reasons += shape_reasons(weight_shape, stride, groups) + size_reasons(x.shape)
     if reasons:
         raise BackendUnsupported(backend, reasons)
     return "triton"
@@ -150,6 +153,14 @@ def shape_reasons(weight_shape: tuple[int, ...], stride: int, groups: int) -> li
             f"{_MOST_CHANNELS} channels; got weight {tuple(weight_shape)}, stride {stride}, groups {groups}"
         )
     return reasons
+
+
+def size_reasons(shape: tuple[int, ...]) -> list[str]:
+    """Why a map is too large: cells of all images, and elements of one, are counted in 32 bits."""
+    batch, channels, height, width = shape
+    if max(batch, channels) * height * width < _MOST_CELLS:
+        return []
+    return [f"x must have fewer than 2^31 cells, and each image fewer than 2^31 elements; got {tuple(shape)}"]
 
 
 def _check(x: Tensor, weight: Tensor, stride: int) -> int:

@@ -20,6 +20,9 @@ _library.define(
 _convolution = torch.ops.vitreous_efficientvit.convolution.default
 _convolution_backward = torch.ops.vitreous_efficientvit.convolution_backward.default
 
+MOST_CHANNELS_FORWARD = 16
+"""Above, cuDNN's forward of dense convolutions in half precision is the faster one."""
+
 
 def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Call the operator; arguments as in `convolution.convolution`."""
@@ -34,11 +37,12 @@ def is_depthwise(weight: Tensor) -> bool:
 
 @torch.library.impl(_library, "convolution", "CompositeExplicitAutograd")
 def _forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    from .triton import depthwise, strided
+    is_wide = weight.shape[1] > MOST_CHANNELS_FORWARD and x.dtype != torch.float32
+    if is_depthwise(weight) or is_wide:
+        return convolve_by_torch(x, weight, stride)
+    from .triton.strided import launch_forward
 
-    if is_depthwise(weight):
-        return depthwise.launch_forward(x, weight, stride)
-    return strided.launch_forward(x, weight)
+    return launch_forward(x, weight)
 
 
 @torch.library.impl(_library, "convolution_backward", "CompositeExplicitAutograd")
@@ -78,6 +82,15 @@ def pixel_of(x: Tensor) -> int:
     image, channel, row, pixel = x.stride()
     is_even = channel == 1 and width > 1 and (height == 1 or row == width * pixel)
     return pixel if is_even and (batch == 1 or image == height * width * pixel) else 0
+
+
+def convolve_by_torch(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """PyTorch's convolution, channels-last, with the weight in the dtype of x."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    groups, padding = x.shape[1] if is_depthwise(weight) else 1, weight.shape[-1] // 2
+    arguments = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups
+    out = torch.ops.aten.convolution.default(x, weight.to(x.dtype), None, *arguments)
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 def empty_output(x: Tensor, weight: Tensor, stride: int) -> Tensor:

@@ -180,23 +180,29 @@ def depthwise_tile(channels: int) -> ConvolutionTile:
     return ConvolutionTile(16, columns, 1, 4)
 
 
-def depthwise_walk(cells: int, channels: int, side: int, backward: bool, multiprocessors: int) -> Walk:
-    """One vector of 16 bytes a thread in half precision: nine weights and nine sums of such fit its registers.
+def depthwise_walk(cells: int, channels: int, groups: int, multiprocessors: int) -> Walk:
+    """Four channels a thread: nine weights and nine sums of so many fit its registers, and four programs side by side.
 
-    Above nine taps weights are read again in the forward, and each row of taps has its own programs in the backward.
-    Programs walk as far as leaves eight on a multiprocessor, then less often sum and read their weights.
+    Programs walk as far as leaves eight on a multiprocessor: the fewer, the less often they sum.
+
+    Args:
+        cells, channels: of the map.
+        groups: of taps, which have programs of their own.
+        multiprocessors: of the GPU.
     """
     columns = min(64, 1 << (channels - 1).bit_length())
-    rows = 1024 // columns
-    blocks = -(-channels // columns) * (side if backward and side > 3 else 1)
-    tiles = -(-cells // rows)
-    return Walk(rows, columns, max(1, min(64, tiles * blocks // (8 * multiprocessors))), 4)
+    rows = 512 // columns
+    programs = -(-cells // rows) * -(-channels // columns) * groups
+    return Walk(rows, columns, max(1, min(128, programs // (8 * multiprocessors))), 4)
 
 
 def strided_tile(dtype: torch.dtype, channels: int, out_height: int, out_width: int) -> ConvolutionTile:
-    """The forward's; of maps, whose rows of taps have a copy of their cells each in shared memory, at most 64 cells."""
+    """The columns of the forward's tile, and 64 cells: each row of taps has its copy of them in shared memory.
+
+    Of an image, whose taps share one product, 256 cells.
+    """
     tile = convolution_tile(dtype, channels, out_height, out_width)
-    rows = tile.rows if channels <= 3 else max(1, min(tile.rows, 64 // tile.columns))
+    rows = (256 if channels <= 3 and dtype != torch.float32 else 64) // tile.columns
     return replace(tile, rows=rows, warps=8 if channels > 16 else tile.warps)
 
 

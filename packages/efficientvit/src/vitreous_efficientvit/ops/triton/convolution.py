@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitreous_core.kernel_launch import device_of, launch_kernel
+from vitreous_core.ops.block_sparse_attention.triton.primitives import operand
 
 from ..weights import ConvolutionWeights, DepthwiseWeights
 from .configs import PLANS, Launch, convolution_tile, depthwise_tile, precision
@@ -49,7 +50,8 @@ def _convolution_kernel(
             cells = tl.load(source + place, mask=is_there, other=0.0)
             taps = offs_o[None, :] * (9 * CHANNELS) + (row * 3 + first) * CHANNELS + offs_k[:, None]
             weight = tl.load(weight_ptr + taps, mask=is_run[:, None] & is_output, other=0.0)
-            total = tl.dot(cells, weight.to(dtype), total, input_precision=PRECISION)
+            cells, weight = operand(cells, cells, PRECISION), operand(weight, cells, PRECISION)
+            total = tl.dot(cells, weight, total, input_precision=PRECISION)
     _store(out_ptr, bias_ptr, total, image, y, x, out_height, out_width, offs_o, OUTPUTS, RELU, dtype)
 
 

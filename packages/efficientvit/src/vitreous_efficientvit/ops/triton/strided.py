@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitreous_core.kernel_launch import device_of, launch_kernel
+from vitreous_core.ops.block_sparse_attention.triton.primitives import operand
 
 from . import resources
 from .configs import PLANS, Launch, precision, strided_tile, strided_walk
@@ -35,9 +36,9 @@ def _input_gradient_kernel(
     """
     dtype = dx_ptr.dtype.element_ty
     offs_k, offs_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
-    upper = _taps(weight_ptr, offs_k, offs_n, 1, CHANNELS, OUTPUTS).to(dtype)
-    lower = _taps(weight_ptr, offs_k, offs_n, 2, CHANNELS, OUTPUTS).to(dtype)
-    lower_below = _taps(weight_ptr, offs_k, offs_n, 0, CHANNELS, OUTPUTS).to(dtype)
+    upper = _taps(weight_ptr, offs_k, offs_n, 1, CHANNELS, OUTPUTS, PRECISION, dtype)
+    lower = _taps(weight_ptr, offs_k, offs_n, 2, CHANNELS, OUTPUTS, PRECISION, dtype)
+    lower_below = _taps(weight_ptr, offs_k, offs_n, 0, CHANNELS, OUTPUTS, PRECISION, dtype)
     for step in tl.range(walk, num_stages=STAGES):
         tile = tl.program_id(0) * walk + step
         image, y, x = cells_of(tile, row_tiles, column_tiles, ROWS, COLUMNS)
@@ -47,6 +48,7 @@ def _input_gradient_kernel(
         place = ((y * out_width + x) * OUTPUTS)[:, None] + offs_k[None, :]
         here = tl.load(source + place, mask=is_run & (y < out_height)[:, None], other=0.0)
         below = tl.load(source + place + out_width * OUTPUTS, mask=is_run & (y + 1 < out_height)[:, None], other=0.0)
+        here, below = operand(here, here, PRECISION), operand(below, below, PRECISION)
         even = tl.dot(here, upper, input_precision=PRECISION)
         odd = tl.dot(here, lower, input_precision=PRECISION)
         odd = tl.dot(below, lower_below, odd, input_precision=PRECISION)
@@ -59,7 +61,16 @@ def _input_gradient_kernel(
 
 
 @triton.jit
-def _taps(weight_ptr, offs_k, offs_n, row: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr):
+def _taps(
+    weight_ptr,
+    offs_k,
+    offs_n,
+    row: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """A row of taps from the outputs of a cell and of the one right of it to the channels of two columns.
 
     The left column has the middle tap of the cell; the right one the last of the cell and the first of its neighbour.
@@ -68,7 +79,8 @@ def _taps(weight_ptr, offs_k, offs_n, row: tl.constexpr, CHANNELS: tl.constexpr,
     is_right, channel = (offs_n // CHANNELS)[None, :], (offs_n % CHANNELS)[None, :]
     column = 1 + is_right - 2 * is_next
     is_tap = (column >= 0) & (offs_k < 2 * OUTPUTS)[:, None] & (offs_n < 2 * CHANNELS)[None, :]
-    return tl.load(weight_ptr + (output * 9 + row * 3 + column) * CHANNELS + channel, mask=is_tap, other=0.0)
+    taps = tl.load(weight_ptr + (output * 9 + row * 3 + column) * CHANNELS + channel, mask=is_tap, other=0.0)
+    return operand(taps, tl.zeros([1], dtype), PRECISION)
 
 
 @triton.jit(do_not_specialize=["tiles", "walk"])
@@ -96,6 +108,7 @@ def _weight_gradient_kernel(
         is_cell = (y < out_height) & (x < out_width)
         place = image * out_height * out_width * OUTPUTS + ((y * out_width + x) * OUTPUTS)[:, None] + offs_o[None, :]
         gradient = tl.load(dout_ptr + place, mask=is_cell[:, None] & is_output, other=0.0)
+        gradient = operand(gradient, gradient, PRECISION)
         # Where there is no cell there are no neighbours: zero times one that is not finite is no zero.
         y = tl.where(is_cell, y, -2)
         added = ()
@@ -112,6 +125,7 @@ def _weight_gradient_kernel(
                     source + ((in_y * width + 2 * x - 1) * CHANNELS)[:, None] + offs_k[None, :],
                     mask=is_inside & ((in_y >= 0) & (in_y < height))[:, None], other=0.0,
                 )  # fmt: skip
+                cells = operand(cells, gradient, PRECISION)
                 added = added + (tl.dot(tl.trans(cells), gradient, sums[row], input_precision=PRECISION),)
         sums = added
     partial = partial_ptr + (tl.program_id(0) * OUTPUTS + offs_o[None, :]) * (9 * CHANNELS)
