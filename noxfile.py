@@ -79,6 +79,13 @@ SANITIZED = {
     "efficientvit/tests/test_head_attention.py::test_on_gpu": {
         "m3-2-first": ["_head_fwd_kernel", "_head_bwd_kernel"],
     },
+    "efficientvit/tests/test_convolution.py::test_on_gpu": {
+        "depthwise-wide": ["_depthwise_bwd_kernel"],  # all taps at once
+        "7x7": ["_depthwise_bwd_kernel"],  # a row of taps at a time
+        "halved": ["_halved_bwd_kernel"],
+        "image": ["_image_kernel", "_weight_gradient_kernel"],
+        "dense-odd": ["_convolution_kernel", "_input_gradient_kernel", "_weight_gradient_kernel"],
+    },
     "swiftformer/tests/test_additive_kernels.py::test_on_gpu": {
         "l1-1-one-image": ["_additive_fwd_kernel", "_additive_bwd_kernel"],  # each in two launches
         "l1-4": ["_additive_fwd_kernel", "_additive_bwd_kernel"],  # each in one

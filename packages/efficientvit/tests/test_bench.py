@@ -11,8 +11,10 @@ import torch
 from vitreous_core.bench.attention import BOTH, FORWARD
 from vitreous_core.bench.case import Work
 from vitreous_core.bench.models import INFER, ModelProblem
-from vitreous_efficientvit import bench
+from vitreous_efficientvit import EfficientViTMSRA, bench
+from vitreous_efficientvit.bench_convolutions import ConvolutionProblem, convolution_cases
 from vitreous_efficientvit.bench_layers import Attention, Convolution, FeedForward, Merging, MergingDepthwise
+from vitreous_efficientvit.ops import Convolution as TrainedConvolution
 
 
 def test_cases() -> None:
@@ -59,8 +61,8 @@ def test_all_variants_and_sizes_are_measured() -> None:
             if case.device == "cuda" and not problem.autocast:
                 assert (problem.dtype == "float32") == (case.mark == "E1-float32")
     assert measured["E1-variants"] == {(f"m{n}", 224, batch) for n in range(6) for batch in (1, 256)}
-    assert measured["E1-sizes"] == {(arch, size, 128) for arch in ("m0", "m4") for size in (384, 512)}
-    assert measured["E1-float32"] == {(arch, 224, 256) for arch in ("m0", "m4")}
+    assert measured["E1-sizes"] == {(f"m{n}", size, 128) for n in range(6) for size in (384, 512)}
+    assert measured["E1-float32"] == {(f"m{n}", 224, 256) for n in range(6)}
 
 
 LAYERS = {
@@ -135,3 +137,33 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(bench.Unavailable, match="timm is not installed"):
         bench.timm_classifier("m0")
+
+
+def test_the_work_of_a_convolution() -> None:
+    """By hand: a map of 2 x 3 x 3 x 4 numbers of two bytes, and what comes out of it."""
+    dense = ConvolutionProblem("stem", 2, 4, 3, 8, 3, 2, 1)
+    assert dense.work(FORWARD) == Work(2 * (72 + 64), 2 * 8 * 9 * 8 * 4)
+    assert dense.work(BOTH) == Work(2 * (3 * 72 + 2 * 64), 3 * 2 * 8 * 9 * 8 * 4)
+    depthwise = ConvolutionProblem("stage", 2, 4, 3, 4, 3, 1, 4)
+    assert depthwise.work(BOTH) == Work(2 * (3 * 72 + 2 * 72), 0)
+    image = replace(dense, is_image=True)
+    assert image.work(BOTH) == Work(2 * (2 * 72 + 2 * 64), 2 * 2 * 8 * 9 * 8 * 4)
+
+
+def test_convolutions_are_those_of_the_networks() -> None:
+    """Each case has the weight and the map of a convolution that its network has."""
+    for arch in bench.NETWORKS:
+        network = EfficientViTMSRA(arch)
+        layers = [layer for layer in network.modules() if isinstance(layer, TrainedConvolution) and layer.has_kernel]
+        there = {(tuple(layer.weight.shape), layer.stride[0]) for layer in layers}
+        problems = [case.problem for case in convolution_cases() if case.problem.place.startswith(arch)]
+        measured = {((p.outputs, p.channels // p.groups, p.side, p.side), p.stride) for p in problems}
+        assert measured == there
+
+
+def test_a_convolution_agrees() -> None:
+    case = next(case for case in convolution_cases() if case.name == "E2-convolutions/m4-stage3-query7")
+    problem = replace(case.problem, batch=3)
+    prepared = next(p for p in case.providers if p.name == "eager").prepare(problem, torch.device("cpu"))
+    assert prepared.gate is not None
+    assert prepared.gate([FORWARD, BOTH]).passed

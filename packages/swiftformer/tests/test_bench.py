@@ -56,9 +56,10 @@ def test_all_variants_and_sizes_are_measured() -> None:
             measured.setdefault(case.mark, set()).add((problem.network.split("-")[-1], problem.size, problem.batch))
             if case.device == "cuda" and not problem.autocast:
                 assert (problem.dtype == "float32") == (case.mark == "S1-float32")
-    assert measured["S1-variants"] == {(arch, 224, batch) for arch in ("xs", "s", "l1", "l3") for batch in (1, 128)}
-    assert measured["S1-sizes"] == {("l1", size, 128) for size in (384, 512)}
-    assert measured["S1-float32"] == {(arch, 224, 128) for arch in ("xs", "l1")}
+    networks = ("xs", "s", "l1", "l3")
+    assert measured["S1-variants"] == {(arch, 224, batch) for arch in networks for batch in (1, 128)}
+    assert measured["S1-sizes"] == {(arch, size, 128) for arch in networks for size in (384, 512)}
+    assert measured["S1-float32"] == {(arch, 224, 128) for arch in networks}
 
 
 def test_attention_agrees_with_the_truth() -> None:

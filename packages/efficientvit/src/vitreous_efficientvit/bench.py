@@ -29,6 +29,7 @@ from vitreous_core.bench.runtimes import folded, runtime_provider
 from vitreous_core.deploy import switch_to_deploy
 from vitreous_core.testing.golden import golden_state
 
+from .bench_convolutions import convolution_cases
 from .bench_layers import layer_cases, training_layer_cases
 from .convert import from_official, to_official, to_timm
 from .model import EfficientViTMSRA, EfficientViTMSRAHead
@@ -43,7 +44,7 @@ def cases() -> Sequence[Case]:
     """All of them."""
     return [
         *inference_cases(), *variant_cases(), *size_cases(), *float32_cases(), *training_cases(), *layer_cases(),
-        *training_layer_cases(), *runtime_cases(),
+        *training_layer_cases(), *convolution_cases(), *runtime_cases(),
     ]  # fmt: skip
 
 

@@ -183,7 +183,7 @@ def depthwise_tile(channels: int) -> ConvolutionTile:
 def depthwise_walk(cells: int, channels: int, groups: int, multiprocessors: int) -> Walk:
     """Four channels a thread: nine weights and nine sums of so many fit its registers, and four programs side by side.
 
-    Programs walk as far as leaves eight on a multiprocessor: the fewer, the less often they sum.
+    Programs walk as far as leaves each multiprocessor its four: the fewer, the less often they sum.
 
     Args:
         cells, channels: of the map.
@@ -193,17 +193,20 @@ def depthwise_walk(cells: int, channels: int, groups: int, multiprocessors: int)
     columns = min(64, 1 << (channels - 1).bit_length())
     rows = 512 // columns
     programs = -(-cells // rows) * -(-channels // columns) * groups
-    return Walk(rows, columns, max(1, min(128, programs // (8 * multiprocessors))), 4)
+    return Walk(rows, columns, max(1, min(128, programs // (4 * multiprocessors))), 4)
 
 
-def strided_tile(dtype: torch.dtype, channels: int, out_height: int, out_width: int) -> ConvolutionTile:
+def strided_tile(
+    dtype: torch.dtype, channels: int, out_height: int, out_width: int, of_weight: bool
+) -> ConvolutionTile:
     """The columns of the forward's tile, and 64 cells: each row of taps has its copy of them in shared memory.
 
-    Of an image, whose taps share one product, 256 cells.
+    256 cells of an image, whose taps share one product; 128 for the input's gradient above 16 channels.
     """
     tile = convolution_tile(dtype, channels, out_height, out_width)
-    rows = (256 if channels <= 3 and dtype != torch.float32 else 64) // tile.columns
-    return replace(tile, rows=rows, warps=8 if channels > 16 else tile.warps)
+    is_wide = channels > 16 and not of_weight
+    cells = 256 if channels <= 3 and dtype != torch.float32 else 128 if is_wide else 64
+    return replace(tile, rows=cells // tile.columns, warps=8 if is_wide else tile.warps)
 
 
 def strided_walk(tiles: int, multiprocessors: int) -> int:

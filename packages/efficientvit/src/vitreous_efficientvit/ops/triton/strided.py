@@ -176,7 +176,7 @@ def _outputs_first(weight: Tensor) -> Tensor:
 def _plan_input_gradient(
     shape: tuple[int, ...], outputs: int, dtype: torch.dtype, products: str, device: torch.device
 ) -> Launch:
-    numbers, constants, programs = _walk(shape, outputs, dtype, device)
+    numbers, constants, programs = _walk(shape, outputs, dtype, device, of_weight=False)
     constants |= {
         "BLOCK_K": _padded(2 * outputs), "BLOCK_N": _padded(2 * shape[1]), "PRECISION": products,
     }  # fmt: skip
@@ -187,7 +187,7 @@ def _plan_input_gradient(
 def _plan_weight_gradient(
     shape: tuple[int, ...], outputs: int, dtype: torch.dtype, products: str, by_pairs: bool, device: torch.device
 ) -> Launch:
-    numbers, constants, programs = _walk(shape, outputs, dtype, device)
+    numbers, constants, programs = _walk(shape, outputs, dtype, device, of_weight=True)
     constants |= {
         "WORDS": WORDS_OF_A_ROW if by_pairs else 0, "BLOCK_K": 32 if by_pairs else _padded(3 * shape[1]),
         "BLOCK_O": _padded(outputs), "PRECISION": products,
@@ -196,12 +196,12 @@ def _plan_weight_gradient(
 
 
 def _walk(
-    shape: tuple[int, ...], outputs: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], outputs: int, dtype: torch.dtype, device: torch.device, *, of_weight: bool
 ) -> tuple[tuple[int, ...], dict[str, int], int]:
     """What both launches share: numbers, constants, programs."""
     batch, channels, height, width = shape
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    tile = strided_tile(dtype, channels, out_height, out_width)
+    tile = strided_tile(dtype, channels, out_height, out_width, of_weight)
     rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
     tiles = batch * rows * columns
     walk = strided_walk(tiles, resources(device)[0])
