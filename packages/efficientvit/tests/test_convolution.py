@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vitreous_core.bench.attention import BOTH
 from vitreous_core.errors import BackendUnsupported
 from vitreous_core.testing.budget import TF32Products, assert_within_budget, relative_error
 from vitreous_efficientvit import EfficientViTMSRA
 from vitreous_efficientvit.attention import ConvBN
+from vitreous_efficientvit.bench_convolutions import convolution_cases
 from vitreous_efficientvit.ops import Convolution, choose_convolution_backend, convolution
+from vitreous_efficientvit.ops.convolution import resolve_convolution
 from vitreous_efficientvit.ops.convolution_contract import pixel_of
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -229,7 +235,7 @@ def test_offsets_beyond_31_bits(large_memory: Callable[[int], None]) -> None:
         # cuDNN may take another way for so many, and zeros add nothing but another order of the sums.
         assert relative_error(actual["out"][-1:], expected["out"]) < 1e-3
         assert torch.equal(actual["dx"][-1:], expected["dx"])
-        assert relative_error(actual["dweight"], expected["dweight"]) < 1e-5
+        assert relative_error(actual["dweight"], expected["dweight"]) < 1e-3
 
 
 @both_devices
@@ -306,11 +312,24 @@ def test_pixels_of_maps() -> None:
     assert pixel_of(torch.zeros(2, 12, 1, 1)) == 12
 
 
+def test_auto_turns_images_and_no_other_maps() -> None:
+    """What a network does with images as PyTorch loads them: channels-last from the first convolution on."""
+    with FakeTensorMode():
+        stem, second = torch.empty(16, 3, 3, 3, device="cuda"), torch.empty(32, 16, 3, 3, device="cuda")
+        images = torch.empty(64, 3, 224, 224, device="cuda", dtype=BRAIN)
+        out = convolution(images, stem, 2, backend="auto")
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert resolve_convolution("auto", out, tuple(second.shape), 2, 1) == "triton"
+        assert resolve_convolution("auto", out.contiguous(), tuple(second.shape), 2, 1) == "torch"
+
+
 def test_auto_is_a_pure_function() -> None:
     depthwise, stem = (128, 1, 3, 3), (16, 3, 3, 3)
     large, small = (1024, 128, 14, 14), (8, 128, 14, 14)
     choose = choose_convolution_backend
     assert choose("cuda", BRAIN, large, depthwise, 1) == choose("cuda", HALF, (64, 3, 224, 224), stem, 2) == "triton"
+    assert choose("cuda", BRAIN, (1024, 32, 56, 56), (64, 32, 3, 3), 2) == "triton"
+    assert choose("cuda", BRAIN, (1024, 32, 28, 28), (64, 32, 3, 3), 2) == "torch"
     assert choose("cuda", BRAIN, small, depthwise, 1) == "torch"
     assert choose("cuda", BRAIN, small, depthwise, 1, compiling=True) == "triton"
     for other in (
@@ -319,6 +338,22 @@ def test_auto_is_a_pure_function() -> None:
         choose("cuda", HALF, (64, 1, 224, 224), (16, 1, 3, 3), 2), choose("cuda", HALF, large, (128, 128, 3, 3), 2),
     ):  # fmt: skip
         assert other == "torch"
+
+
+def test_auto_takes_what_wins() -> None:
+    """The rows of convolutions of 1,024 images; queries are for `torch.compile`, too small where nothing compiles."""
+    file = Path(__file__).parents[3] / "docs/results/bench/nvidia-h100-80gb-hbm3/2026-11-23-174dc40.jsonl"
+    if not file.exists():
+        pytest.skip(f"no rows at {file}: the choice is compared with nothing")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    times = {(row["case"], row["provider"]): row["latency_ms_p50"] for row in rows if row["mode"] == BOTH}
+    for case in convolution_cases():
+        problem = case.problem
+        shape = problem.batch, problem.channels, problem.size, problem.size
+        weight_shape = problem.outputs, problem.channels // problem.groups, problem.side, problem.side
+        choice = choose_convolution_backend("cuda", BRAIN, shape, weight_shape, problem.stride, compiling=True)
+        wins = times[case.name, "triton"] < times[case.name, "eager"]
+        assert choice == ("triton" if wins else "torch"), case.name
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,10 @@ from .api import Backend, check_backend
 
 _SIDES = 3, 5, 7
 _MOST_CHANNELS = 32
+_IMAGE_CHANNELS = 3
+_NARROW = 16
+_WIDE_ON_LARGE_MAPS = 56**2
+"""Cells of a map below which cuDNN's gradients of more than `_NARROW` channels are the faster ones."""
 _MOST_CELLS = 2**31
 _WORTH_A_LAUNCH = 2**23
 """Elements of a map from which the GPU's time saved is more than the host's time lost, where nothing compiles."""
@@ -89,11 +93,13 @@ def choose_convolution_backend(
     *,
     compiling: bool = False,
 ) -> Backend:
-    """What `backend="auto"` runs for a channels-last map: `"triton"` on GPUs that can, in half precision.
+    """What `backend="auto"` runs for a channels-last map or any image: `"triton"` on GPUs that can, in half precision.
 
     Outside `torch.compile` from 2^23 elements of input or output on: below, the host takes longer to call an operator
-    from Python than the GPU takes longer for cuDNN's. Maps whose channels lie apart stay with PyTorch, which need not
-    turn them.
+    from Python than the GPU takes longer for cuDNN's. Maps whose channels lie apart stay with PyTorch. An image is
+    turned instead: it is a small part of a network's memory, and cuDNN keeps to the memory format from there on. Dense
+    convolutions of more than 16 channels take maps of 56 x 56 and larger: the gradients of M4's third (32 channels) win
+    there by a sixth, those of M0's fourth (28 x 28) lose by a third (`E2-convolutions`).
 
     Args:
         device, dtype, shape: of the map.
@@ -107,6 +113,8 @@ def choose_convolution_backend(
     batch, channels, height, width = shape
     groups = channels if weight_shape[1] == 1 else 1
     if shape_reasons(weight_shape, stride, groups) or size_reasons(shape):
+        return "torch"
+    if groups == 1 and channels > _NARROW and height * width < _WIDE_ON_LARGE_MAPS:
         return "torch"
     outputs = batch * weight_shape[0] * -(-height // stride) * -(-width // stride)
     is_large = max(batch * channels * height * width, outputs) >= _WORTH_A_LAUNCH
@@ -126,7 +134,8 @@ def resolve_convolution(
     if backend == "torch":
         return "torch"
     if backend == "auto":
-        if x.device.type != "cuda" or not convolution_contract.pixel_of(x):
+        is_image = x.shape[1] <= _IMAGE_CHANNELS
+        if x.device.type != "cuda" or not (is_image or convolution_contract.pixel_of(x)):
             return "torch"
         compiling = torch.compiler.is_compiling()
         return choose_convolution_backend(x.device, x.dtype, x.shape, weight_shape, stride, compiling=compiling)
