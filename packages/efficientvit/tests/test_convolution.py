@@ -24,6 +24,7 @@ from vitreous_efficientvit.bench_convolutions import convolution_cases
 from vitreous_efficientvit.ops import Convolution, choose_convolution_backend, convolution
 from vitreous_efficientvit.ops.convolution import resolve_convolution
 from vitreous_efficientvit.ops.convolution_contract import pixel_of
+from vitreous_efficientvit.ops.triton.configs import depthwise_walk, strided_tile
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -123,6 +124,7 @@ SMALL = {
     "dense": Problem(2, 16, 12, 20, outputs=32, stride=2),
     "dense-odd": Problem(1, 8, 9, 11, outputs=16, stride=2),
     "dense-24": Problem(1, 24, 6, 6, outputs=48, stride=2),
+    "dense-24-single": Problem(1, 24, 5, 6, outputs=48, stride=2, dtype=SINGLE),
     "dense-one-cell": Problem(3, 8, 1, 1, outputs=16, stride=2),
     "dense-single": Problem(1, 16, 7, 4, outputs=20, stride=2, dtype=SINGLE),
     "dense-slice": Problem(1, 8, 6, 8, outputs=16, stride=2, memory="slice"),
@@ -140,6 +142,7 @@ LARGE = {
     "m0-stem3": Problem(64, 16, 56, 56, outputs=32, stride=2),
     "image-odd": Problem(9, 3, 131, 77, outputs=16, stride=2),
     "stem2-single": Problem(6, 16, 56, 56, outputs=32, stride=2, dtype=SINGLE),
+    "m4-stem3-single": Problem(4, 32, 56, 56, outputs=64, stride=2, dtype=SINGLE),
     "stem2-tf32": Problem(6, 16, 56, 56, outputs=32, stride=2, dtype=SINGLE, tf32=True),
     "m4-1": Problem(300, 128, 14, 14, dtype=BRAIN),
     "m4-2": Problem(512, 256, 7, 7),
@@ -189,7 +192,9 @@ def test_only_the_gradients_asked_for(where: str, name: str) -> None:
 
 
 @both_devices
-@pytest.mark.parametrize("name", ["depthwise", "depthwise-slice", "5x5", "halved", "image", "dense-odd"])
+@pytest.mark.parametrize(
+    "name", ["depthwise", "depthwise-slice", "5x5", "halved", "image", "dense-odd", "dense-24-single"]
+)
 def test_registered(where: str, name: str) -> None:
     problem = SMALL[name]
     tensors = problem.tensors()
@@ -338,6 +343,23 @@ def test_auto_is_a_pure_function() -> None:
         choose("cuda", HALF, (64, 1, 224, 224), (16, 1, 3, 3), 2), choose("cuda", HALF, large, (128, 128, 3, 3), 2),
     ):  # fmt: skip
         assert other == "torch"
+
+
+def test_tiles_fit_their_memory() -> None:
+    """Cells in powers of two, 16 for a product at least, and on GPUs with less shared memory no more of them."""
+    for channels, outputs in ((3, 8), (3, 64), (8, 16), (16, 32), (16, 64), (32, 64)):
+        for side in (1, 7, 112):
+            for of_weight in (False, True):
+                sizes = channels, outputs, side, side
+                large, small = (strided_tile(HALF, sizes, of_weight, memory) for memory in (227 * 1024, 99 * 1024))
+                cells = [tile.rows * tile.columns for tile in (large, small)]
+                assert 16 <= cells[1] <= cells[0] <= 256
+                assert all(number & (number - 1) == 0 for number in cells)
+                assert small.stages <= large.stages == 2
+    for cells, channels in ((1, 1), (10**9, 1024), (784, 16), (200704, 128)):
+        walk = depthwise_walk(cells, channels, 1, 132)
+        assert walk.rows * walk.columns == 512
+        assert 1 <= walk.tiles <= 128
 
 
 def test_auto_takes_what_wins() -> None:

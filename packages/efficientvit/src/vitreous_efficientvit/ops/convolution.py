@@ -14,11 +14,10 @@ from . import convolution_contract
 from .api import Backend, check_backend
 
 _SIDES = 3, 5, 7
-_MOST_CHANNELS = 32
+_MOST_CHANNELS, _MOST_OUTPUTS = 32, 64
 _IMAGE_CHANNELS = 3
-_NARROW = 16
 _WIDE_ON_LARGE_MAPS = 56**2
-"""Cells of a map below which cuDNN's gradients of more than `_NARROW` channels are the faster ones."""
+"""Cells of a map below which cuDNN's gradients of more than `NARROW` channels are the faster ones."""
 _MOST_CELLS = 2**31
 _WORTH_A_LAUNCH = 2**23
 """Elements of a map from which the GPU's time saved is more than the host's time lost, where nothing compiles."""
@@ -28,9 +27,8 @@ class Convolution(nn.Conv2d):
     """`nn.Conv2d` without bias that runs `convolution` where that has a kernel and `backend` takes it.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, groups: as for `nn.Conv2d`; a kernel
-            needs half a side as padding.
-        backend: see `convolution`; kernels that there are none of are PyTorch's with any backend.
+        in_channels, out_channels, kernel_size, stride, padding, groups: as for `nn.Conv2d`; kernels pad by half a side.
+        backend: see `convolution`. A convolution that has no kernel is PyTorch's with any backend.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ def convolution(x: Tensor, weight: Tensor, stride: int = 1, *, backend: Backend)
 
     Args:
         x: `[B, C, height, width]`, floating.
-        weight: `[C, 1, k, k]`, depthwise, k 3, 5 or 7; or `[O, C, 3, 3]`, dense, C at most 32. Any floating dtype.
+        weight: `[C, 1, k, k]`, depthwise, k 3, 5 or 7; or `[O, C, 3, 3]`, dense, 1 < C <= 32, O <= 64. Floating.
         stride: 1 or 2; 2 with k = 3 alone, 2 where dense.
         backend: `"torch"`, `"triton"` or `"auto"` (`choose_convolution_backend`).
 
@@ -72,9 +70,10 @@ def convolution(x: Tensor, weight: Tensor, stride: int = 1, *, backend: Backend)
         TypeError, ValueError: for shapes, dtypes or devices that do not fit together, or an unknown backend.
         BackendUnsupported: when `backend="triton"` cannot run this.
 
-    Numerics: Triton sums in fp32 and rounds once; depthwise products are in fp32, dense ones have the weight in the
-    dtype of x, in fp32 as `torch.set_float32_matmul_precision` has it. Gradients are deterministic; no second
-    derivative. Under autocast x is cast to its dtype first.
+    Numerics: kernels sum in fp32 and round once; depthwise products are in fp32, dense ones have the weight in the
+    dtype of x, in fp32 as `torch.set_float32_matmul_precision` has it. Their gradients are deterministic; no second
+    derivative. Forwards by depth and of more than 16 channels are PyTorch's on both paths, and in fp32 the gradients of
+    more than 16 channels too. Under autocast x is cast to its dtype first.
     """
     if autocast_dtype(x.device) is not None:
         x = to_autocast(x)
@@ -114,11 +113,12 @@ def choose_convolution_backend(
     groups = channels if weight_shape[1] == 1 else 1
     if shape_reasons(weight_shape, stride, groups) or size_reasons(shape):
         return "torch"
-    if groups == 1 and channels > _NARROW and height * width < _WIDE_ON_LARGE_MAPS:
+    if groups == 1 and channels > convolution_contract.NARROW and height * width < _WIDE_ON_LARGE_MAPS:
         return "torch"
+    if compiling:
+        return "triton"
     outputs = batch * weight_shape[0] * -(-height // stride) * -(-width // stride)
-    is_large = max(batch * channels * height * width, outputs) >= _WORTH_A_LAUNCH
-    return "triton" if compiling or is_large else "torch"
+    return "triton" if max(batch * channels * height * width, outputs) >= _WORTH_A_LAUNCH else "torch"
 
 
 def resolve_convolution(
@@ -156,10 +156,12 @@ def shape_reasons(weight_shape: tuple[int, ...], stride: int, groups: int) -> li
         if stride != 1 and (stride, sides[0]) != (2, 3):
             reasons.append(f"stride must be 1, or 2 with 3x3 kernels; got {stride} with {sides[0]}x{sides[1]}")
         return reasons
-    if groups != 1 or stride != 2 or sides[0] != 3 or not 1 < channels <= _MOST_CHANNELS:
+    is_narrow = 1 < channels <= _MOST_CHANNELS and outputs <= _MOST_OUTPUTS
+    if groups != 1 or stride != 2 or sides[0] != 3 or not is_narrow:
+        got = f"weight {tuple(weight_shape)}, stride {stride}, groups {groups}"
         reasons.append(
-            "a convolution that is not depthwise must be dense, 3x3, of stride 2 and of 2 to "
-            f"{_MOST_CHANNELS} channels; got weight {tuple(weight_shape)}, stride {stride}, groups {groups}"
+            f"a convolution that is not depthwise must be dense, 3x3, of stride 2, of 2 to {_MOST_CHANNELS} channels "
+            f"and at most {_MOST_OUTPUTS} outputs; got {got}"
         )
     return reasons
 

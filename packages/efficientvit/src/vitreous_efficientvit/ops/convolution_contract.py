@@ -20,8 +20,8 @@ _library.define(
 _convolution = torch.ops.vitreous_efficientvit.convolution.default
 _convolution_backward = torch.ops.vitreous_efficientvit.convolution_backward.default
 
-MOST_CHANNELS_FORWARD = 16
-"""Above, cuDNN's forward of dense convolutions in half precision is the faster one."""
+NARROW = 16
+"""Channels of dense convolutions above which cuDNN's forward is the faster one, and fp32 has no kernel."""
 
 
 def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -37,8 +37,7 @@ def is_depthwise(weight: Tensor) -> bool:
 
 @torch.library.impl(_library, "convolution", "CompositeExplicitAutograd")
 def _forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    is_wide = weight.shape[1] > MOST_CHANNELS_FORWARD and x.dtype != torch.float32
-    if is_depthwise(weight) or is_wide:
+    if is_depthwise(weight) or weight.shape[1] > NARROW:
         return convolve_by_torch(x, weight, stride)
     from .triton.strided import launch_forward
 
@@ -54,6 +53,8 @@ def _backward(
 
     if is_depthwise(weight):
         return depthwise.launch_backward(dout, x, weight, stride, needs_x, needs_weight)
+    if weight.shape[1] > NARROW and x.dtype == torch.float32:
+        return differentiate_by_torch(dout, x, weight, needs_x, needs_weight)
     return strided.launch_backward(dout, x, weight, needs_x, needs_weight)
 
 
@@ -91,6 +92,20 @@ def convolve_by_torch(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     arguments = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups
     out = torch.ops.aten.convolution.default(x, weight.to(x.dtype), None, *arguments)
     return out.contiguous(memory_format=torch.channels_last)
+
+
+def differentiate_by_torch(
+    dout: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's gradients of a dense convolution of stride 2, channels-last."""
+    x, dout = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, dout))
+    dx, dweight, _ = torch.ops.aten.convolution_backward.default(
+        dout, x, weight.to(x.dtype), None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [needs_x, needs_weight, False]
+    )
+    dx = dx.contiguous(memory_format=torch.channels_last) if needs_x else x.new_empty(0)
+    if not needs_weight:
+        return dx, weight.new_empty(0)
+    return dx, dweight.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def empty_output(x: Tensor, weight: Tensor, stride: int) -> Tensor:

@@ -93,6 +93,21 @@ class ConvolutionTile:
 
 
 @dataclass(frozen=True)
+class StridedTile:
+    """Launch of a kernel of a strided convolution's gradient.
+
+    Args:
+        rows, columns: of output cells in one tile.
+        warps, stages: of a program, and of its walk over tiles.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Walk:
     """Launch of a kernel whose programs walk over tiles.
 
@@ -197,16 +212,33 @@ def depthwise_walk(cells: int, channels: int, groups: int, multiprocessors: int)
 
 
 def strided_tile(
-    dtype: torch.dtype, channels: int, out_height: int, out_width: int, of_weight: bool
-) -> ConvolutionTile:
-    """The columns of the forward's tile, and 64 cells: each row of taps has its copy of them in shared memory.
+    dtype: torch.dtype, sizes: tuple[int, int, int, int], of_weight: bool, shared_memory: int
+) -> StridedTile:
+    """The columns of the forward's tile, and 64 cells: shared memory holds a copy of them for each row of taps.
 
-    256 cells of an image, whose taps share one product; 128 for the input's gradient above 16 channels.
+    256 cells of an image for the weight's gradient, whose taps share one product; 128 for the input's above 16
+    channels. One tile at a time, then fewer cells, where shared memory is small.
+
+    Args:
+        dtype: of the maps.
+        sizes: channels, outputs, and height and width of the output.
+        of_weight: whether it is the weight's gradient, or the input's.
+        shared_memory: bytes that a program may have.
     """
-    tile = convolution_tile(dtype, channels, out_height, out_width)
+    channels, outputs, *out_size = sizes
+    tile = convolution_tile(dtype, channels, *out_size)
     is_wide = channels > 16 and not of_weight
-    cells = 256 if channels <= 3 and dtype != torch.float32 else 128 if is_wide else 64
-    return replace(tile, rows=cells // tile.columns, warps=8 if is_wide else tile.warps)
+    is_image = channels <= 3 and of_weight and dtype != torch.float32
+    cells = 256 if is_image else 128 if is_wide else 64
+    run = max(1 << ((3 * channels if of_weight else 2 * outputs) - 1).bit_length(), 16)
+    kept = 0 if of_weight else 3 * dtype.itemsize * run * max(1 << (2 * channels - 1).bit_length(), 16)
+    cell = dtype.itemsize * (3 * run + max(outputs, 16) if of_weight else 2 * run)
+    stages = 2
+    if kept + stages * cells * cell > shared_memory:
+        stages = 1
+    while cells > tile.columns and cells > 16 and kept + stages * cells * cell > shared_memory:
+        cells //= 2
+    return StridedTile(cells // tile.columns, tile.columns, 8 if is_wide else tile.warps, stages)
 
 
 def strided_walk(tiles: int, multiprocessors: int) -> int:

@@ -201,13 +201,14 @@ def _walk(
     """What both launches share: numbers, constants, programs."""
     batch, channels, height, width = shape
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    tile = strided_tile(dtype, channels, out_height, out_width, of_weight)
+    multiprocessors, shared_memory = resources(device)
+    tile = strided_tile(dtype, (channels, outputs, out_height, out_width), of_weight, shared_memory)
     rows, columns = triton.cdiv(out_height, tile.rows), triton.cdiv(out_width, tile.columns)
     tiles = batch * rows * columns
-    walk = strided_walk(tiles, resources(device)[0])
+    walk = strided_walk(tiles, multiprocessors)
     numbers = height, width, out_height, out_width, rows, columns, tiles, walk
     constants = {
-        "CHANNELS": channels, "OUTPUTS": outputs, "ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": 2,
+        "CHANNELS": channels, "OUTPUTS": outputs, "ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages,
         "num_warps": tile.warps,
     }  # fmt: skip
     return numbers, constants, triton.cdiv(tiles, walk)
