@@ -92,13 +92,13 @@ def choose_convolution_backend(
     *,
     compiling: bool = False,
 ) -> Backend:
-    """What `backend="auto"` runs for a channels-last map or any image: `"triton"` on GPUs that can, in half precision.
+    """What `backend="auto"` runs for a channels-last map: `"triton"` on GPUs that can, in half precision.
 
     Outside `torch.compile` from 2^23 elements of input or output on: below, the host takes longer to call an operator
-    from Python than the GPU takes longer for cuDNN's. Maps whose channels lie apart stay with PyTorch. An image is
-    turned instead: it is a small part of a network's memory, and cuDNN keeps to the memory format from there on. Dense
-    convolutions of more than 16 channels take maps of 56 x 56 and larger: the gradients of M4's third (32 channels) win
-    there by a sixth, those of M0's fourth (28 x 28) lose by a third (`E2-convolutions`).
+    from Python than the GPU takes longer for cuDNN's. Maps whose channels lie apart stay with PyTorch, but for images
+    under `torch.compile`: turned at the first convolution, all maps behind it are channels-last, as that compiler would
+    have them. Dense convolutions of more than 16 channels take maps of 56 x 56 and larger: M4's third (32 channels)
+    wins there by a sixth, M0's fourth (28 x 28) loses by a third (`E2-convolutions`).
 
     Args:
         device, dtype, shape: of the map.
@@ -134,10 +134,10 @@ def resolve_convolution(
     if backend == "torch":
         return "torch"
     if backend == "auto":
-        is_image = x.shape[1] <= _IMAGE_CHANNELS
-        if x.device.type != "cuda" or not (is_image or convolution_contract.pixel_of(x)):
-            return "torch"
         compiling = torch.compiler.is_compiling()
+        is_turned = compiling and x.shape[1] <= _IMAGE_CHANNELS
+        if x.device.type != "cuda" or not (is_turned or convolution_contract.pixel_of(x)):
+            return "torch"
         return choose_convolution_backend(x.device, x.dtype, x.shape, weight_shape, stride, compiling=compiling)
     reasons = device_reasons(x.device) + dtype_reasons(x.device, x.dtype)
     reasons += shape_reasons(weight_shape, stride, groups) + size_reasons(x.shape)
