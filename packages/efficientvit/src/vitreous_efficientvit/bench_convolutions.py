@@ -14,12 +14,12 @@ from torch import Tensor
 from vitreous_core.bench.attention import BOTH, FORWARD, relative_error
 from vitreous_core.bench.case import Case, Gate, Goal, Prepared, Provider, Work
 
+from .bench_layers import STAGE_SIDES
 from .model import EfficientViTMSRA
 from .ops import Backend, convolution
 from .ops.convolution import shape_reasons
 
 IMAGES = 1024
-STAGE_SIDES = (14, 7, 4)
 _CHECKED = 2
 """Images that the gate looks at."""
 

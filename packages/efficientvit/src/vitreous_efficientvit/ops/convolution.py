@@ -18,7 +18,8 @@ _MOST_CHANNELS, _MOST_OUTPUTS = 32, 64
 _IMAGE_CHANNELS = 3
 _WIDE_ON_LARGE_MAPS = 56**2
 """Cells of a map below which cuDNN's gradients of more than `NARROW` channels are the faster ones."""
-_MOST_CELLS = 2**31
+_MOST_CELLS = 2**30
+"""Half of what 32 bits count: the last walk over cells goes beyond their number."""
 _WORTH_A_LAUNCH = 2**23
 """Elements of a map from which the GPU's time saved is more than the host's time lost, where nothing compiles."""
 
@@ -171,7 +172,7 @@ def size_reasons(shape: tuple[int, ...]) -> list[str]:
     batch, channels, height, width = shape
     if max(batch, channels) * height * width < _MOST_CELLS:
         return []
-    return [f"x must have fewer than 2^31 cells, and each image fewer than 2^31 elements; got {tuple(shape)}"]
+    return [f"x must have fewer than 2^30 cells, and each image fewer than 2^30 elements; got {tuple(shape)}"]
 
 
 def _check(x: Tensor, weight: Tensor, stride: int) -> int:

@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("vitreous_efficientvit", "FRAGMENT")
-_library.define(
-    "convolution(Tensor x, Tensor weight, int stride) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)  # fmt: skip
+_library.define("convolution(Tensor x, Tensor weight, int stride) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _library.define(
     "convolution_backward(Tensor dout, Tensor x, Tensor weight, int stride, bool needs_x, bool needs_weight) "
     "-> (Tensor, Tensor)",
