@@ -25,6 +25,7 @@ from .ops import (
     halving_depthwise,
 )
 from .ops.api import attention_reasons, convolution_reasons, feed_forward_reasons
+from .ops.reference import pointwise_convolution
 from .ops.weights import bias_of, pack_bias, pack_convolution, pack_depthwise, pack_linear
 
 
@@ -123,7 +124,7 @@ class FusedConvolution(nn.Module):
 
 
 class FusedMerging(nn.Module):
-    """Patch merging: matrix products over rows of channels-last memory, and one kernel between them.
+    """Patch merging: two 1x1 convolutions, in half precision as matrix products, and one kernel between them.
 
     The kernel takes both ReLUs, the depthwise convolution and the means that the gate depends on.
 
@@ -144,12 +145,11 @@ class FusedMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, height, width]` to a channels-last map of half the height and width."""
         x = x.contiguous(memory_format=torch.channels_last)
-        hidden = self.expand(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        hidden = pointwise_convolution(x, self.expand.weight, self.expand.bias)
         weights = DepthwiseWeights(self.local_weight, self.local_bias)
         hidden, mean = halving_depthwise(hidden, weights, backend=self.backend)
-        gated = hidden.permute(0, 2, 3, 1) * self.gate(mean)[:, None, None, :]
-        result: Tensor = self.reduce(gated).permute(0, 3, 1, 2)
-        return result
+        gated = hidden * self.gate(mean)[:, :, None, None]
+        return pointwise_convolution(gated, self.reduce.weight, self.reduce.bias)
 
 
 def fuse(backbone: nn.Module, backend: Backend = "triton") -> None:

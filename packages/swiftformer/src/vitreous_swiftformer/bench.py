@@ -85,7 +85,10 @@ def float32_cases() -> Iterator[Case]:
 
     `deploy-auto` is deploy mode as it comes on a GPU.
     """
-    names = ["deploy-auto-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm", "timm-compiled"]
+    names = [
+        "deploy-auto-graph", "deploy-auto-compiled-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm",
+        "timm-compiled",
+    ]  # fmt: skip
     for arch in SwiftFormer.arch_settings:
         yield _inference_case(
             "S1-float32", f"{arch}-batch128", arch, 128, names, dtype="float32", ours="deploy-auto-graph"
@@ -153,11 +156,10 @@ def attention_cases() -> Iterator[Case]:
     for arch in NETWORKS:
         channels = SwiftFormer.arch_settings[arch]["channels"]
         for stage, (tokens, width) in enumerate(zip(STAGE_TOKENS, channels, strict=True), start=1):
-            for batch in (1, 128, 256):
-                problem = TokensProblem(batch, tokens, width, series=f"{arch} stage {stage}")
-                yield Case(
-                    f"attention/{arch}-stage{stage}-batch{batch}", "attention", problem, providers, (FORWARD, BOTH)
-                )  # fmt: skip
+            for batch, dtype in ((1, "float16"), (128, "float16"), (256, "float16"), (1, "float32"), (128, "float32")):
+                name = f"{arch}-stage{stage}-batch{batch}" + ("-float32" if dtype == "float32" else "")
+                problem = TokensProblem(batch, tokens, width, dtype, series=f"{arch} stage {stage}")
+                yield Case(f"attention/{name}", "attention", problem, providers, (FORWARD, BOTH))
 
 
 def runtime_cases() -> Iterator[Case]:

@@ -43,14 +43,17 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights) -> Tensor:
         channels = x.shape[1]
         taps = weights.local_weight.T.reshape(channels, 1, 3, 3)
         x = F.conv2d(x, taps, weights.local_bias, padding=1, groups=channels)
+    hidden = pointwise_convolution(x, weights.in_weight, weights.in_bias).relu()
+    return x + pointwise_convolution(hidden, weights.out_weight, weights.out_bias)
+
+
+def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution; `x` `[B, C, height, width]`, `weight` `[outputs, C]`."""
     if x.dtype in (torch.float32, torch.float64):
         # As the layers do it: whether fp32 may be rounded to TF32, PyTorch asks of convolutions apart from products.
-        hidden = F.conv2d(x, weights.in_weight[:, :, None, None], weights.in_bias).relu()
-        return x + F.conv2d(hidden, weights.out_weight[:, :, None, None], weights.out_bias)
-    # Products over rows of channels-last memory, whose biases cuBLAS adds.
-    rows = x.permute(0, 2, 3, 1)
-    hidden = F.linear(rows, weights.in_weight, weights.in_bias).relu()
-    return (rows + F.linear(hidden, weights.out_weight, weights.out_bias)).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight[:, :, None, None], bias)
+    # A product over rows of channels-last memory, whose bias cuBLAS adds.
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 def halving_convolution(x: Tensor, weights: ConvolutionWeights, relu: bool) -> Tensor:

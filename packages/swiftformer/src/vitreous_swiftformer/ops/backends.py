@@ -34,13 +34,13 @@ def check_backend(backend: str) -> None:
 def choose_backend(device: torch.device | str, dtype: torch.dtype, tokens: int, channels: int) -> Backend:
     """What `backend="auto"` runs of additive attention: `"triton"` where it is known to win, else `"torch"`.
 
-    It wins in half precision, forward and backward, over eager and compiled PyTorch at every stage that rows of
-    `vitreous bench swiftformer --case 'attention/*'` cover, from 49 tokens to 3136. No row says so of float32, nor of
-    more channels than any SwiftFormer has. Kernels need an NVIDIA GPU from Ampere on.
+    It wins forward and backward over eager and compiled PyTorch at every stage that rows of
+    `vitreous bench swiftformer --case 'attention/*'` cover, from 49 tokens to 3136, in float16 and float32. No row says
+    so of more channels than any SwiftFormer has. Kernels need an NVIDIA GPU from Ampere on.
 
     Args:
         device: e.g. `"cuda"`.
-        dtype: of queries and keys.
+        dtype: of queries and keys; float16, bfloat16 or float32 for the kernels.
         tokens: L, tokens per image; decides nothing so far.
         channels: D.
     """
@@ -56,7 +56,7 @@ def resolve(
         ValueError: for a name that is not a backend.
         BackendUnsupported: listing every reason why the named backend cannot run this problem.
     """
-    is_known = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and channels <= _WIDEST
+    is_known = device.type == "cuda" and channels <= _WIDEST
     if not _is_wanted(backend, is_known):
         return "torch"
     return _checked(backend, triton.unsupported_reasons(device, dtype, w_dtype, channels))
