@@ -115,8 +115,7 @@ def _queries_backward(
         dunit = tl.load(dunit_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         length, inverse = row_lengths(query)
         unit = query * inverse[:, None]
-        weight = tl.sum(unit * w[None, :], 1)
-        weight = tl.div_rn(weight, tl.zeros_like(weight) + weights_length)  # see `forward`
+        weight = tl.sum(unit * w[None, :], 1) / weights_length
         dweight = (tl.sum(unit * dglobal[None, :], 1) - weight * along_all) / weights_length
         dweight = tl.where(is_sign, 0.0, dweight)
         dw += dweight[:, None] * unit

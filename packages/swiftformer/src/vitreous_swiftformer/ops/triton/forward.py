@@ -58,8 +58,7 @@ def _additive_fwd_kernel(
             gathered = sum_vectors(slot, parts, PITCH, CHANNELS, PARTS, BLOCK_C)
             squares = sum_numbers(slot + CHANNELS, parts, PITCH, PARTS)
         length = tl.maximum(tl.sqrt_rn(squares), EPS)
-        # Rounded correctly, as an error of the length is all tokens' and the backward cancels what it scales.
-        global_query = tl.div_rn(gathered, tl.zeros_like(gathered) + length)
+        global_query = gathered / length
         if part == 0:
             tl.store(statistics_ptr + image * PITCH + columns, global_query, mask=columns < CHANNELS)
             tl.store(statistics_ptr + image * PITCH + CHANNELS, tl.sqrt_rn(squares))
