@@ -174,6 +174,17 @@ def test_zero_vectors_are_as_the_truth_has_them(where: str) -> None:
 
 
 @both_devices
+def test_the_gradient_of_w_keeps_its_digits_where_its_terms_cancel(where: str) -> None:
+    """Queries that lean towards `w_g` have weights nearly alike, and the gradients of those are small differences."""
+    tensors = Problem(8, 196, 24).tensors()
+    tensors["query"] = tensors["query"] + 2 * tensors["w_g"]
+    for image in range(8):
+        one = {name: tensor if name == "w_g" else tensor[image : image + 1] for name, tensor in tensors.items()}
+        actual, truth = Problem(1, 196, 24).run(one, "triton"), Problem(1, 196, 24).run(one, "torch", torch.float64)
+        assert relative_error(actual["dw_g"], truth["dw_g"]) <= 1e-6
+
+
+@both_devices
 def test_results_keep_the_order_of_their_inputs_dimensions(where: str) -> None:
     problem = Problem(2, 15, 8, strides="map")
     tensors = problem.tensors()

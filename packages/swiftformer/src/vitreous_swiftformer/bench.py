@@ -83,8 +83,8 @@ def size_cases() -> Iterator[Case]:
 def float32_cases() -> Iterator[Case]:
     """S1-float32: the whole network in fp32, by PyTorch's own switches: its convolutions may use TF32 products.
 
-    `deploy-auto` is deploy mode as it comes on a GPU. Compiled it is what this recommends for fp32, in which MLPs have no
-    kernel.
+    `deploy-auto` is deploy mode as it comes on a GPU; compiled it is what users are told to run, as MLPs have no kernel
+    in fp32.
     """
     names = [
         "deploy-auto-graph", "deploy-auto-compiled-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm",

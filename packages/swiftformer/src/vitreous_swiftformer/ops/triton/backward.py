@@ -102,11 +102,13 @@ def _queries_backward(
 ):  # fmt: skip
     """Store the gradient of the queries of tokens `first` to `end`; return their share of `dw`."""
     w = load_vector(w_ptr, CHANNELS, BLOCK_C) * scale
-    along_all = tl.where(weights_length >= EPS, tl.sum(global_query * dglobal, 0), 0.0)
+    has_length = weights_length >= EPS
+    along_all = tl.where(has_length, tl.sum(global_query * dglobal, 0), 0.0)
     # The weight of an only token is a sign: what rounding leaves of its gradient would be divided by its length.
-    is_sign = (tokens == 1) & (weights_length >= EPS)
+    is_sign = (tokens == 1) & has_length
     weights_length = tl.maximum(weights_length, EPS)
     dw = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
+    along_weights = tl.zeros([BLOCK_L], tl.float32)
     for start in tl.range(first, end, BLOCK_L, num_stages=STAGES):
         mask = tile_mask(start, tokens, CHANNELS, BLOCK_L, BLOCK_C)
         offsets = tile_offsets(start, stride_ql, stride_qc, ALIGN, BLOCK_L, BLOCK_C)
@@ -119,11 +121,14 @@ def _queries_backward(
         dweight = (tl.sum(unit * dglobal[None, :], 1) - weight * along_all) / weights_length
         dweight = tl.where(is_sign, 0.0, dweight)
         dw += dweight[:, None] * unit
+        along_weights += weight * dweight
         dunit += weight[:, None] * dglobal[None, :] + dweight[:, None] * w[None, :]
         dquery = _through_unit(unit, dunit, length, inverse)
         offsets = tile_offsets(start, stride_dql, stride_dqc, ALIGN, BLOCK_L, BLOCK_C)
         tl.store(dq_ptr + offsets, dquery.to(dq_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(dw, 0) * scale
+    # The sum of `a ds` over all tokens is zero but for rounding, which `dw`, small beside its terms, has times `G`.
+    rest = tl.where(has_length, tl.sum(along_weights, 0), 0.0)
+    return (tl.sum(dw, 0) - rest * global_query) * scale
 
 
 @triton.jit
