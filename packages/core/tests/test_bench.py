@@ -453,7 +453,7 @@ def test_a_provider_left_out_of_the_newest_run_keeps_its_row_and_is_compared_wit
     (sheet,) = render.newest_sheets(rows)
     ((_, _, verdict),) = render.verdicts(sheet.of("H1"))
     assert (verdict.met, verdict.figure) == (True, 4.5)
-    line = "| a/8 | fwd | met: 4.50× flex (asked 2×), both at 0123456 | 1.00 | 9.00 (run 1) | 30.0 | 50 % | 1 | 2 |"
+    line = "| a/8 | fwd | met: 4.50× flex (asked 2×), both at 0123456 | 1.00 | 9.00 (run 1) | 30.0 | 50 % | 1 | 1 | 2 |"
     assert line in render.page(sheet).replace("\N{NO-BREAK SPACE}", " ")
 
 

@@ -116,6 +116,25 @@ def test_memory_goals_count_what_stands_there() -> None:
     assert render.judge(goal, row("ours"), {}).met is None
 
 
+def test_the_memory_of_a_graph_is_that_of_the_network_without_one() -> None:
+    graphed, compiled = {"graphed": True}, {"compile_mode": "reduce-overhead"}
+    found = [
+        row("net-graph", ours=True, peak_mib=1.0, facts={**graphed, "standing_mib": 5.0}),
+        row("net", peak_mib=80.0, facts={"standing_mib": 5.0}),
+        row("theirs", peak_mib=90.0),
+        row("net-reduce-overhead", "train", ours=True, peak_mib=1.0, facts=compiled),
+        row("net-compiled", "train", peak_mib=70.0),
+        row("lone-graph", "infer", ours=True, peak_mib=1.0, facts=graphed),
+    ]
+    for each in found:
+        each["goals"] = [vars(Goal(each["mode"], "speed-up", 1.0, over="theirs"))]
+    (sheet,) = render.newest_sheets(found)
+    lines = [line.split(" | ") for line in render.mark_table(sheet.of("T"), {}).splitlines()]
+    columns = [lines[0].index(name) for name in ("peak MiB", "theirs peak MiB |")]
+    cells = {line[1]: [line[column].strip(" |") for column in columns] for line in lines[2:]}
+    assert cells == {"fwd": ["85", "90"], "train": ["70", ""], "infer": ["", ""]}
+
+
 def test_sweeps_get_time_and_memory_plots_and_a_roofline(tmp_path: Path) -> None:
     found = [
         row(provider, case=f"T/{batch}", latency_ms_p50=batch * slow, peak_mib=batch * slow, flops=10**12, bytes=10**10,

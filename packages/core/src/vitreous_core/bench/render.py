@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .quoted import QUOTED_HEADER, Quote, quoted_rows, read_quotes
-from .rows import Row, read_rows, row_file
+from .rows import Row, read_rows, replays, row_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,9 +186,24 @@ def judge(goal: Row, ours: Row, rivals: dict[str, Row]) -> Verdict:
 
 
 def peak(row: Row) -> float | None:
-    """Peak MiB of a row, with the weights or inputs that lie there all the time where the row knows their size."""
+    """Peak MiB of a row, with the weights or inputs that lie there all the time where the row knows their size.
+
+    None of CUDA graphs (older rows have what a replay allocates beside the graph's memory).
+    """
     beyond = row.get("peak_mib")
-    return None if beyond is None else beyond + row["facts"].get("standing_mib", 0.0)
+    return None if beyond is None or replays(row["facts"]) else beyond + row["facts"].get("standing_mib", 0.0)
+
+
+def peak_without_graph(row: Row, rows: Mapping[str, Row]) -> float | None:
+    """`peak`, of a CUDA graph that of the same network without one: the memory that its graph has to hold.
+
+    Args:
+        row: whose peak.
+        rows: of the same case and mode, by provider.
+    """
+    name = row["provider"].removesuffix("-graph").replace("-reduce-overhead", "-compiled")
+    found = rows.get(name)
+    return None if found is None else peak(found)
 
 
 def verdicts(rows: Sequence[Row]) -> list[tuple[Row, Row, Verdict]]:
@@ -255,7 +270,8 @@ def index_page(sheets: Sequence[Sheet], quotes: Sequence[Quote] = ()) -> str:
         "Every figure is the median of a row in `docs/results/bench/`, taken after the provider's output and gradients "
         "were compared with dense attention in higher precision. Caches are cold, providers take turns, compiling is "
         "off the clock. The roof is the larger of two times: moving every tensor once at the speed of a large copy, "
-        "and doing the matrix products at the speed of a large one, both measured in the same run.\n",
+        "and doing the matrix products at the speed of a large one, both measured in the same run. Peak memory is that "
+        "of a step with its weights or inputs; of a CUDA graph, that of the same network run without one.\n",
     ]
     if not sheets:
         return "\n".join([*parts, "No rows have been recorded yet.\n"])
@@ -317,10 +333,12 @@ def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
     """The verdicts, milliseconds by provider and our share of the roof; with the run where there are several."""
     providers = list(dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: not row["ours"])))
     has_roof = any("roof_pct" in row for row in rows)
-    has_memory = any(row.get("peak_mib") for row in rows)
+    has_memory = any(peak(row) for row in rows)
+    rivals = list(dict.fromkeys(goal["over"] for row in rows for goal in row["goals"] if goal["over"]))[:1] * has_memory
     has_goals = any(row["goals"] for row in rows)
     header = ["case", "mode"] + ["mark"] * has_goals + [f"{provider} ms" for provider in providers]
-    header += ["roof"] * has_roof + ["peak MiB"] * has_memory + ["run"] * (len(runs) > 1)
+    header += ["roof"] * has_roof + ["peak MiB"] * has_memory
+    header += [f"{rival} peak MiB" for rival in rivals] + ["run"] * (len(runs) > 1)
     lines = []
     for (case, mode), group in _by_case_and_mode(rows):
         by_provider = {row["provider"]: row for row in group}
@@ -338,8 +356,9 @@ def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
         if has_roof:
             cells.append("" if ours is None or "roof_pct" not in ours else f"{ours['roof_pct']:.0f} %")
         if has_memory:
-            most = None if ours is None else peak(ours)
-            cells.append("" if most is None else f"{most:.0f}")
+            measured = (ours, *(by_provider.get(rival) for rival in rivals))
+            peaks = (None if row is None else peak_without_graph(row, by_provider) for row in measured)
+            cells += ["" if most is None else f"{most:.0f}" for most in peaks]
         if len(runs) > 1:
             cells.append(str(runs[time]))
         lines.append(cells)

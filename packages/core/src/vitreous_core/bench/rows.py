@@ -54,6 +54,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
+def replays(facts: Mapping[str, Any]) -> bool:
+    """Whether a row's steps replay CUDA graphs, whose memory PyTorch counts only while they are captured."""
+    return bool(facts.get("graphed")) or facts.get("compile_mode") == "reduce-overhead"
+
+
 def row_file(folder: Path, facts: Mapping[str, Any]) -> Path:
     """`<folder>/<device>/<run>.jsonl`."""
     device = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import BackendUnsupported, UserError
 from .case import Case, Gate, Prepared, Provider, Unavailable
 from .measure import Clock, DeviceClock, Roof, choose_clock, measure_roof, peak_mib, quantiles
-from .rows import Row, append_row, environment, now, row_file
+from .rows import Row, append_row, environment, now, replays, row_file
 
 ROUNDS = 5
 """Times every provider gets its turn, each time in another order."""
@@ -168,7 +168,7 @@ def _measure(case: Case, contenders: Sequence[_Contender], device: torch.device,
                 _time(contender, mode, clock, counts[contender.name])
         # In a pass of its own: asking for the peak would disturb the timing.
         for contender in racing:
-            if mode in contender.modes(case):
+            if mode in contender.modes(case) and not replays(contender.prepared.facts):
                 with _failures(contender, mode):
                     contender.peak_mib[mode] = peak_mib(contender.prepared.steps[mode], device)
     for contender in contenders:
