@@ -135,6 +135,13 @@ def test_the_memory_of_a_graph_is_that_of_the_network_without_one() -> None:
     assert cells == {"fwd": ["85", "90"], "train": ["70", ""], "infer": ["", ""]}
 
 
+def test_cases_stand_in_the_order_of_their_names() -> None:
+    names = ["T-more/a", "T/b10", "T/b2", "T/a"]
+    (sheet,) = render.newest_sheets([row("ours", case=name, mark=name.partition("/")[0]) for name in names])
+    assert [each["case"] for each in sheet.rows] == ["T/a", "T/b2", "T/b10", "T-more/a"]
+    assert list(sheet.marks()) == ["T", "T-more"]
+
+
 def test_sweeps_get_time_and_memory_plots_and_a_roofline(tmp_path: Path) -> None:
     found = [
         row(provider, case=f"T/{batch}", latency_ms_p50=batch * slow, peak_mib=batch * slow, flops=10**12, bytes=10**10,

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def newest_sheets(rows: Iterable[Row]) -> list[Sheet]:
-    """The newest row of every case, mode and provider, by suite and device.
+    """The newest row of every case, mode and provider, by suite and device, in the order of the cases' names.
 
     Rows of ours get `"pairs"`: by the name of each provider that their goals compare with, our row and its row of every
     run that has both, the newest first.
@@ -110,7 +110,15 @@ def newest_sheets(rows: Iterable[Row]) -> list[Sheet]:
         for key, row in kept.items():
             if row["ours"]:
                 kept[key] = {**row, "pairs": _pairs(row, runs[*sheet, row["case"], row["mode"]])}
-    return [Sheet(suite, device, list(kept.values())) for (suite, device), kept in sorted(newest.items())]
+    return [
+        Sheet(suite, device, sorted(kept.values(), key=lambda row: _natural(row["case"])))
+        for (suite, device), kept in sorted(newest.items())
+    ]
+
+
+def _natural(name: str) -> list[list[str | int]]:
+    """A key by which a mark comes before those that begin like it, and 2 before 10."""
+    return [[int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)] for part in name.split("/")]
 
 
 def _pairs(ours: Row, runs: Mapping[str, Mapping[str, Row]]) -> dict[str, list[tuple[Row, Row]]]:
@@ -498,8 +506,10 @@ def line_figure(series: Series, title: str, axis: str, unit: str) -> Figure:
         panel.set_visible(False)
     for panel in panels[:, 0]:
         panel.set_ylabel(unit)
-    for panel in panels[-1]:
-        panel.set_xlabel(axis)
+    for column in panels.T:
+        lowest = [panel for panel in column if panel.get_visible()][-1]
+        lowest.set_xlabel(axis)
+        lowest.tick_params(labelbottom=True)
     handles: dict[str, Any] = {}
     for panel in panels.flat:
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
