@@ -67,14 +67,15 @@ def variant_cases() -> Iterator[Case]:
     for arch in EfficientViTMSRA.arch_settings:
         for batch in (1, 256):
             names = [
-                "deploy-triton-graph", "eager", "timm", "timm-compiled", *(["timm-graph"] if batch == 1 else []),
+                "deploy-triton-graph", "deploy-triton", "eager", "timm", "timm-compiled",
+                *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
             yield _inference_case("E1-variants", f"{arch}-batch{batch}", arch, batch, names)
 
 
 def size_cases() -> Iterator[Case]:
     """E1-sizes: larger images in half precision, networks built for them on both sides."""
-    names = ["deploy-triton-graph", "eager", "timm", "timm-compiled"]
+    names = ["deploy-triton-graph", "deploy-triton", "eager", "timm", "timm-compiled"]
     for arch in EfficientViTMSRA.arch_settings:
         for size in (384, 512):
             yield _inference_case("E1-sizes", f"{arch}-{size}px", arch, 128, names, size=size)
@@ -85,7 +86,9 @@ def float32_cases() -> Iterator[Case]:
 
     `deploy-auto` is deploy mode as it comes on a GPU.
     """
-    names = ["deploy-auto-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm", "timm-compiled"]
+    names = [
+        "deploy-auto-graph", "deploy-auto", "deploy-graph", "deploy-compiled-graph", "eager", "timm", "timm-compiled",
+    ]  # fmt: skip
     for arch in EfficientViTMSRA.arch_settings:
         yield _inference_case(
             "E1-float32", f"{arch}-batch256", arch, 256, names, dtype="float32", ours="deploy-auto-graph"

@@ -67,14 +67,15 @@ def variant_cases() -> Iterator[Case]:
     for arch in SwiftFormer.arch_settings:
         for batch in (1, 128):
             names = [
-                "deploy-triton-graph", "eager", "timm", "timm-compiled", *(["timm-graph"] if batch == 1 else []),
+                "deploy-triton-graph", "deploy-triton", "eager", "timm", "timm-compiled",
+                *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
             yield _inference_case("S1-variants", f"{arch}-batch{batch}", arch, batch, names)
 
 
 def size_cases() -> Iterator[Case]:
     """S1-sizes: larger images in half precision."""
-    names = ["deploy-triton-graph", "eager", "timm", "timm-compiled"]
+    names = ["deploy-triton-graph", "deploy-triton", "eager", "timm", "timm-compiled"]
     for arch in SwiftFormer.arch_settings:
         for size in (384, 512):
             yield _inference_case("S1-sizes", f"{arch}-{size}px", arch, 128, names, size=size)
@@ -87,8 +88,8 @@ def float32_cases() -> Iterator[Case]:
     in fp32.
     """
     names = [
-        "deploy-auto-graph", "deploy-auto-compiled-graph", "deploy-graph", "deploy-compiled-graph", "eager", "timm",
-        "timm-compiled",
+        "deploy-auto-graph", "deploy-auto", "deploy-auto-compiled-graph", "deploy-graph", "deploy-compiled-graph",
+        "eager", "timm", "timm-compiled",
     ]  # fmt: skip
     for arch in SwiftFormer.arch_settings:
         yield _inference_case(
