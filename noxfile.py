@@ -225,6 +225,13 @@ def exports(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def record_exports(session: nox.Session) -> None:
+    """Export the papers' deployable models (or `-- PAPER|NAME ...`) to every format and record it in docs/results/."""
+    prepare(session, MEMBERS, groups=["test"], without=())
+    python(session, "-m", "vitreous_core.export.record", *(session.posargs or ["efficientvit", "swiftformer"]))
+
+
+@nox.session(default=False)
 @EACH_PAPER
 def reproduce(session: nox.Session, paper: str) -> None:
     """Train a paper's small-data configs (or `-- NAME ...`) and record each run in docs/results/repro/."""

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     rendered = {
         RESULTS / "claims.md": claims_page(claims),
         RESULTS / "runs.md": runs_page(),
+        RESULTS / "exports.md": exports_page(),
         readme: between_markers(readme.read_text(encoding="utf-8"), glance_table(claims)),
         **paper_pages(),
         **ablation_pages(claims),
@@ -316,6 +317,49 @@ def runs_page() -> str:
     lead = "Trainings *trained here*, each with its resolved config and metrics beside it in docs/results/repro.\n"
     command = '```bash\nnox -s "reproduce(swiftformer)"      # adds rows; nox -s tables renders them\n```\n'
     return "\n".join([MADE_BY, "# Runs\n", command, lead, body])
+
+
+def exports_page() -> str:
+    """docs/results/exports.md: the newest row of every model, format and machine that `nox -s record_exports` wrote."""
+    newest = {(row["device"], row["model"], row["format"]): row for row in read_rows(RESULTS / "exports")}
+    parts = [EXPORTS_LEAD.format(made_by=MADE_BY)]
+    for device in sorted({device for device, _, _ in newest}):
+        rows = [row for (where, _, _), row in newest.items() if where == device]
+        commits = sorted({commit({**row, "vitreous": ""}) for row in rows})
+        versions = {f"{name} {number}" for row in rows for name, number in row["packages"].items()}
+        versions |= {f"torch {row['torch']}" for row in rows}
+        threads = ", ".join(sorted({str(row["threads"]) for row in rows}))
+        facts = f"Threads: {threads}. {', '.join(sorted(versions))}. Commit {', '.join(commits)}.\n"
+        parts += [f"## {device}\n", table(EXPORTS_HEADER, map(export_row, rows)), facts]
+    return "\n".join(parts)
+
+
+def export_row(row: Row) -> list[str]:
+    """One file: errors and milliseconds of the model as trained, folded, and of the runtime where it ran."""
+    runners = {runner["name"]: runner for runner in row["runners"]}
+    ran = [runners.get(name) for name in ("PyTorch, as trained", "PyTorch, deploy mode", row["runtime"])]
+    errors = ["not run here" if runner is None else f"{runner['error']:.1e}" for runner in ran]
+    times = ["" if runner is None else "{1:.2f} ({0:.2f} to {2:.2f})".format(*runner["latency_ms"]) for runner in ran]
+    return [row["model"].split("_")[0], row["runtime"], f"{row['bytes'] / 1e6:.1f}", *errors, *times]
+
+
+EXPORTS_HEADER = (
+    "model", "file for", "MB", "error as trained", "error in deploy mode", "error of the file", "ms as trained",
+    "ms in deploy mode", "ms of the file",
+)  # fmt: skip
+EXPORTS_LEAD = """{made_by}
+# Exports
+
+```bash
+nox -s record_exports      # adds rows; nox -s tables renders them
+```
+
+Each network folded, written and run on the spot, with random weights. The error is relative, against the network as
+it was trained in float64: the largest over one, two and three images. PyTorch computes in float32 beside it, and a
+file may be off by ten times as much as the network as trained (1e-5 at least). Times are of one image on one thread,
+but ExecuTorch's, which uses a pool of its own: median, 20th to 80th percentile. Core ML runs on Apple devices only:
+its files were written and their programs read back.
+"""
 
 
 def commit(run: dict[str, Any]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+from vitreous_core.bench.rows import read_rows
 from vitreous_core.errors import UserError
+from vitreous_core.export import record
 from vitreous_core.export.api import export_model
 from vitreous_core.export.formats import FORMATS, Format
 from vitreous_core.testing.golden import golden_state
@@ -58,3 +61,18 @@ def test_small_models(card: ModelCard, kind: Format, tmp_path: Path) -> None:
     assert exported.folded == (card.paper.name in FOLDING)
     with torch.no_grad():
         assert model(torch.zeros(1, 3, *input_size(config))).isfinite().all()
+
+
+def test_what_an_export_finds_is_recorded_and_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "swiftformer-xs_1xb64_digits"
+    assert record.main([name, "--format", "pt2", "--out", str(tmp_path)]) == 0
+    (row,) = read_rows(tmp_path)
+    assert (row["model"], row["format"], row["folded"], row["batch"]) == (name, "pt2", True, 1)
+    assert [runner["name"] for runner in row["runners"]][-1] == row["runtime"]
+    cells = runpy.run_path("docs/tables.py")["export_row"](row)
+    assert cells[0] == "swiftformer-xs"
+    assert all(0 < float(error) < 1e-4 for error in cells[3:6])
+    apple = {**row, "runtime": "Core ML", "runners": row["runners"][:2]}
+    assert runpy.run_path("docs/tables.py")["export_row"](apple)[5] == "not run here"
+    assert record.main(["no-such-model", "--format", "pt2", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

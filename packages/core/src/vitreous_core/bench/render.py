@@ -342,7 +342,8 @@ def mark_table(rows: Sequence[Row], runs: Mapping[str, int]) -> str:
     providers = list(dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: not row["ours"])))
     has_roof = any("roof_pct" in row for row in rows)
     has_memory = any(peak(row) for row in rows)
-    rivals = list(dict.fromkeys(goal["over"] for row in rows for goal in row["goals"] if goal["over"]))[:1] * has_memory
+    rivals = list(dict.fromkeys(goal["over"] for row in rows for goal in row["goals"] if goal["over"]))
+    rivals = rivals[:1] if has_memory else []
     has_goals = any(row["goals"] for row in rows)
     header = ["case", "mode"] + ["mark"] * has_goals + [f"{provider} ms" for provider in providers]
     header += ["roof"] * has_roof + ["peak MiB"] * has_memory
