@@ -38,8 +38,8 @@ def environment(device: torch.device, commit: str | None = None) -> Row:
         "driver": _driver() if device.type == "cuda" else None,
         "cpu": _processor(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numba": _version("numba"),
+        "triton": version_of("triton"),
+        "numba": version_of("numba"),
         "python": platform.python_version(),
     }
 
@@ -120,7 +120,8 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip()
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Of an installed distribution; None where it is not."""
     try:
         return version(distribution)
     except PackageNotFoundError:

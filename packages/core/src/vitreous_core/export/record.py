@@ -10,18 +10,19 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..bench.rows import Row, append_row, environment, row_file
+from ..bench.rows import Row, append_row, environment, row_file, version_of
 from ..errors import UserError
 from ..testing.golden import golden_state
 from ..zoo import ModelCard, find_model, find_paper, models
 from .api import Exported, export_model
 from .formats import FORMATS, Format
+
+_THREADS = 1
+"""Of the timed calls: one core is what machines have in common."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vitreous_core.export.record", description=__doc__)
     parser.add_argument("names", metavar="PAPER|NAME", nargs="+", help="a model, or a paper: its ImageNet-1k models")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
-    parser.add_argument("--threads", type=int, default=1, help="for the timed calls (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("docs/results/exports"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds = [FORMATS[name] for name in options.format]
         for kind in kinds:
             kind.require()
-        _record(cards, kinds, options.threads, options.out)
+        _record(cards, kinds, options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,7 +50,7 @@ def _cards(name: str) -> list[ModelCard]:
     return [find_model(name)]
 
 
-def _record(cards: Sequence[ModelCard], kinds: Sequence[Format], threads: int, out: Path) -> None:
+def _record(cards: Sequence[ModelCard], kinds: Sequence[Format], out: Path) -> None:
     from rich.progress import Progress
 
     found = environment(torch.device("cpu"))
@@ -59,13 +59,13 @@ def _record(cards: Sequence[ModelCard], kinds: Sequence[Format], threads: int, o
         for card in cards:
             for kind in kinds:
                 progress.update(task, description=f"{card.name} to {kind.name}")
-                exported = _export(card, kind, threads, Path(folder))
-                row = {**found, "threads": threads, **_facts(card, kind, exported)}
+                exported = _export(card, kind, Path(folder))
+                row = {**found, "threads": _THREADS, **_facts(card, kind, exported)}
                 append_row(row_file(out, row), row)
                 progress.advance(task)
 
 
-def _export(card: ModelCard, kind: Format, threads: int, folder: Path) -> Exported:
+def _export(card: ModelCard, kind: Format, folder: Path) -> Exported:
     from ..mm.models import Logits, build_model, input_size
     from ..mm.train import load_config
 
@@ -73,20 +73,14 @@ def _export(card: ModelCard, kind: Format, threads: int, folder: Path) -> Export
     model = Logits(build_model(config)).eval()
     model.load_state_dict(golden_state(model.state_dict()))
     path = folder / f"model{kind.suffix}"
-    return export_model(model, path, kind.name, size=input_size(config), threads=threads)
+    return export_model(model, path, kind.name, size=input_size(config), threads=_THREADS)
 
 
 def _facts(card: ModelCard, kind: Format, exported: Exported) -> Row:
-    packages: dict[str, Any] = {}
-    for name in kind.modules:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
     return {
         "paper": card.paper.name, "model": card.name, "format": kind.name, "runtime": kind.runtime,
-        "packages": packages, "folded": exported.folded, "bytes": exported.bytes, "batch": exported.batch,
-        "size": list(exported.size), "facts": dict(exported.facts),
+        "packages": {name: version_of(name) for name in kind.modules}, "folded": exported.folded,
+        "bytes": exported.bytes, "batch": exported.batch, "size": list(exported.size), "facts": dict(exported.facts),
         "runners": [
             {"name": runner.name, "error": runner.error, "latency_ms": list(runner.latency_ms)}
             for runner in exported.runners
