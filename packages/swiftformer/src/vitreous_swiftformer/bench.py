@@ -67,7 +67,7 @@ def variant_cases() -> Iterator[Case]:
     for arch in SwiftFormer.arch_settings:
         for batch in (1, 128):
             names = [
-                "deploy-triton-graph", "deploy-triton", "eager", "timm", "timm-compiled",
+                "deploy-triton-graph", "deploy-triton", "deploy-compiled-graph", "eager", "timm", "timm-compiled",
                 *(["timm-graph"] if batch == 1 else []),
             ]  # fmt: skip
             yield _inference_case("S1-variants", f"{arch}-batch{batch}", arch, batch, names)

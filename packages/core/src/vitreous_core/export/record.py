@@ -17,7 +17,7 @@ import torch
 from ..bench.rows import Row, append_row, environment, row_file, version_of
 from ..errors import UserError
 from ..testing.golden import golden_state
-from ..zoo import ModelCard, find_model, find_paper, models
+from ..zoo import ModelCard, find_model, models
 from .api import Exported, export_model
 from .formats import FORMATS, Format
 
@@ -45,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cards(name: str) -> list[ModelCard]:
-    if any(card.paper.name == name for card in models()):
-        return [card for card in models() if card.paper == find_paper(name) and "_in1k" in card.name]
-    return [find_model(name)]
+    return [card for card in models() if card.paper.name == name and "_in1k" in card.name] or [find_model(name)]
 
 
 def _record(cards: Sequence[ModelCard], kinds: Sequence[Format], out: Path) -> None:
